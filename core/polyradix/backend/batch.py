@@ -1,0 +1,56 @@
+"""What the core hands to a backend per step: plain NumPy, int32 throughout. Both are read-only after construction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+I32: TypeAlias = NDArray[np.int32]
+F32: TypeAlias = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One ragged batch of T tokens in S sequences: prefill, chunked prefill, decode or a mix.
+
+    The tokens of sequence s are rows cu_q[s]:cu_q[s+1]; they are its newest, so its last query row has position
+    kv_len[s] - 1. `slots` says where each row's k and v go: page * page_size + offset, a distinct slot per row.
+    """
+
+    tokens: I32  # [T] token ids; ignored where from_prev >= 0
+    positions: I32  # [T] position of the token in its sequence, from 0
+    slots: I32  # [T]
+    cu_q: I32  # [S+1] row offsets, cu_q[0] = 0, cu_q[S] = T
+    kv_len: I32  # [S] tokens in the cache after this batch is written
+    pages: I32  # [S,P] page ids in sequence order; entries beyond kv_len are 0
+    last: I32  # [S] the row whose logits are wanted, cu_q[s+1] - 1
+    from_prev: I32  # [T] row of the previous step's samples that holds the token, or -1
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.kv_len)
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """How to sample each of S rows; the semantics are in backend/sampling.py."""
+
+    temperature: F32  # [S] 0 means greedy
+    top_k: I32  # [S] 0 means off
+    top_p: F32  # [S] in (0, 1]; 1 means off
+    min_p: F32  # [S] in [0, 1]; 0 means off
+    seed: I32  # [S] any 32 bits
+    position: I32  # [S] position of the token being sampled
+    mask: I32 | None = None  # [S, ceil(V/32)] bit t of word t//32 allows token t; None allows all
+
+    @property
+    def greedy(self) -> bool:
+        """True when every row is greedy, so a backend may take its argmax path."""
+        return not self.temperature.any()

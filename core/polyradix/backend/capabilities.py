@@ -1,0 +1,73 @@
+"""What a backend can do, as one frozen value: the scheduler reads it, conformance checks it, `polyradix check` explains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+class Unsupported(NotImplementedError):
+    """Raised by a backend for a feature it does not claim. `feature` is a name from Capabilities.features or a verb."""
+
+    def __init__(self, feature: str, detail: str = "") -> None:
+        super().__init__(f"unsupported: {feature}" + (f" ({detail})" if detail else ""))
+        self.feature = feature
+
+
+FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "logprobs"})
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """A backend's claims."""
+
+    name: str
+    device: str  # what a person would call it, for example the processor's name
+    dtypes: frozenset[str]  # of weights, activations and KV
+    page_sizes: tuple[int, ...]  # supported, best first
+    max_head_dim: int
+    head_dim_multiple: int = 1
+    features: frozenset[str] = field(default_factory=frozenset)
+    batch_invariant: bool = False  # a token's bits do not depend on its batch: prefix hit = miss, bit for bit
+    async_launch: bool = False  # a launch returns before the work is done, so overlapping two steps pays
+    emulated: bool = False
+    notes: tuple[str, ...] = ()  # facts worth a line in the log, for example which kernels were chosen
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model asks of a backend; made from its spec by the graph."""
+
+    dtype: str
+    head_dim: int
+    features: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """One thing that stands in the way: what was needed, and what the backend offers."""
+
+    need: str
+    offer: str
+
+    def __str__(self) -> str:
+        return f"needs {self.need}; the backend offers {self.offer}"
+
+
+def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> list[Reason]:
+    """Why `caps` cannot serve a model; empty when it can. Reads no weights."""
+    out: list[Reason] = []
+    if needs.dtype not in caps.dtypes:
+        out.append(Reason(f"dtype {needs.dtype}", _join(caps.dtypes)))
+    if needs.head_dim > caps.max_head_dim or needs.head_dim % caps.head_dim_multiple:
+        out.append(
+            Reason(f"head_dim {needs.head_dim}", f"multiples of {caps.head_dim_multiple} up to {caps.max_head_dim}")
+        )
+    out += [Reason(f"feature {f}", _join(caps.features)) for f in sorted(needs.features - caps.features)]
+    if page_size is not None and page_size not in caps.page_sizes:
+        out.append(Reason(f"page size {page_size}", _join(map(str, caps.page_sizes))))
+    return out
+
+
+def _join(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none"

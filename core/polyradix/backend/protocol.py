@@ -1,0 +1,185 @@
+"""The contract between the core and a backend, version 1.0.
+
+Read this file whole before writing a backend; it is meant to be read in one sitting. `Array`, `KV`, `Weight` and `Meta`
+are opaque to the core: it passes them on and never looks inside. Shapes use T tokens and S sequences of one ragged batch
+(both padded by the backend as it likes), H hidden size, D head size, V vocabulary, F feed-forward width.
+
+Rules every backend keeps:
+
+* KV is a linear value. A call that takes a KV and returns one has consumed the old handle. Backends may mutate in place
+  and return the same object, or donate; the core uses only the newest handle.
+* Page 0 is scratch: padding rows write there and nobody reads it. Page ids and slots are never negative.
+* `attend` writes this batch's k and v into the cache first and reads afterwards.
+* Activations are in the model's dtype, norm statistics and softmax in float32, logits always float32. Graphs use no
+  arithmetic operators; every computation is a verb.
+* The result for one token does not depend on what else is in the batch when `caps.batch_invariant` is true: the core then
+  promises users that a prefix hit is bit-exact with a miss.
+* What a capability claims must work; what it does not claim must raise `Unsupported`, never return an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import Capabilities
+
+PROTOCOL_VERSION = (1, 0)
+
+Array: TypeAlias = Any  # a device array of this backend
+KV: TypeAlias = Any  # the paged cache of all layers, or inside a layer body, of one layer
+Weight: TypeAlias = Any  # one packed parameter
+Meta: TypeAlias = Any  # one prepared batch
+HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+DType = Literal["float32", "bfloat16"]
+ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """One logical parameter, as the graph names it.
+
+    `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm, [positions, D] float32 for rope (cos in
+    the first D/2 columns, sin in the rest). `segments` are the row counts of parts fused along axis 0 (q, k, v or gate,
+    up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated.
+    """
+
+    name: str
+    kind: ParamKind
+    shape: tuple[int, ...]
+    dtype: DType
+    segments: tuple[int, ...] = ()
+    shard_axis: int | None = None
+    bias: bool = False
+
+
+class Reader(Protocol):
+    """Gives the host values of one parameter, in the shape of its spec and the spec's dtype (bfloat16 is ml_dtypes')."""
+
+    def __call__(self, part: Literal["weight", "bias"] = "weight") -> HostArray: ...
+
+
+@dataclass(frozen=True)
+class Params:
+    """Packed parameters: `top` by name, and one mapping per layer."""
+
+    top: dict[str, Weight]
+    layers: list[dict[str, Weight]]
+
+
+@dataclass(frozen=True)
+class KVSpec:
+    """Shape of the paged cache: per layer [pages, page_size, kv_heads, head_dim] for k and again for v."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest batch that will ever be prepared; `compile` warms every bucket up to these."""
+
+    max_tokens: int
+    max_seqs: int
+    max_context: int  # tokens of one sequence, prompt and output together
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the device (of this rank)."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Heads:
+    q: int
+    kv: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class AttnSpec:
+    """Causal attention. `scale` multiplies q.k; `window` w keeps keys with position > query position - w (None: all);
+    `softcap` c maps scores to c * tanh(score / c) (None: off)."""
+
+    heads: Heads
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Ops(Protocol):
+    """The verbs a model graph is made of. Pure but for KV; called inside `Compiled`, possibly while tracing."""
+
+    def embed(self, w: Weight, m: Meta) -> Array: ...  # [T,H]
+    def linear(self, x: Array, w: Weight) -> Array: ...  # [T,I] -> [T,O/tp], bias included if the spec has one
+    def linear_reduce(self, x: Array, w: Weight) -> Array: ...  # [T,I/tp] -> [T,O], summed over tp, then bias
+    def qkv(self, x: Array, w: Weight, heads: Heads) -> tuple[Array, Array, Array]: ...  # [T,Hq,D] [T,Hk,D] [T,Hk,D]
+    def add(self, x: Array, y: Array) -> Array: ...  # elementwise, rounded to the dtype of x
+    def rms_norm(self, x: Array, w: Weight, eps: float) -> Array: ...  # over the last axis: [T,H], or [T,heads,D]
+    def rope(self, q: Array, k: Array, table: Weight, m: Meta) -> tuple[Array, Array]: ...  # half-split (NeoX) pairs
+    def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]: ...  # [T,Hq*D]
+    def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
+    def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
+    def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
+    def layers(self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV) -> tuple[Any, KV]: ...
+
+    # Fused verbs: each has an expansion in backend/expand.py, which a backend inherits until its own is faster.
+    def add_rms_norm(self, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]: ...  # normed, sum
+    def linear_gated(self, x: Array, w: Weight, kind: Literal["silu"]) -> Array: ...  # gated(linear(x, w), kind)
+
+
+LayerBody: TypeAlias = Callable[[dict[str, Weight], Any, KV], tuple[Any, KV]]  # (layer params, carry, layer kv)
+Step: TypeAlias = Callable[[Ops, Params, KV, Meta], tuple[Array, KV]]  # returns logits [S,V] and the new KV
+Compiled: TypeAlias = Callable[[Params, KV, Meta], tuple[Array, KV]]  # launches; may return before it is done
+
+
+class Backend(Protocol):
+    """The host side. Constructed once per rank by the entry point, through `create(**options)`."""
+
+    caps: Capabilities
+    ops: Ops
+
+    def memory(self) -> Memory: ...
+    def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
+    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page over all layers, k and v
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'] samples of the last step
+    def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit
+    def sample(self, logits: Array, batch: SampleBatch) -> Array: ...  # i32[S]; semantics in backend/sampling.py
+    def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs: ...  # of the unscaled logits
+    def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV: ...
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]: ...  # [2(k,v),layer,page,slot,head,dim]
+    def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV: ...  # the same form, KVSpec dtype
+    def fetch(self, x: Array) -> Future[HostArray]: ...  # the only device-to-host path; rows beyond S are cut off
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """Natural logs. Each is an Array to be fetched: chosen f32[S]; ids i32[S,top] and values f32[S,top], descending."""
+
+    chosen: Array
+    ids: Array
+    values: Array
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a backend's cheap `probe()` says: usable here or not, with a reason a person can act on."""
+
+    available: bool
+    detail: str
+    rank: int = 0  # --device auto takes the available backend with the highest rank
+    emulated: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
