@@ -29,6 +29,7 @@ class Capabilities:
     head_dim_multiple: int = 1
     features: frozenset[str] = field(default_factory=frozenset)
     batch_invariant: bool = False  # a token's bits do not depend on its batch: prefix hit = miss, bit for bit
+    step_tokens: int = 2048  # tokens in one step that keep the device busy: the default token budget
     async_launch: bool = False  # a launch returns before the work is done, so overlapping two steps pays
     emulated: bool = False
     notes: tuple[str, ...] = ()  # facts worth a line in the log, for example which kernels were chosen

@@ -1,0 +1,247 @@
+"""The step loop: schedule, launch, harvest. Drives one backend; knows token ids but no text, and no sockets.
+
+On a backend that launches asynchronously two steps are in flight: step N+1 is planned and launched before the tokens of
+step N are on the host, and reads them on the device (`HostBatch.from_prev`). Elsewhere a step is harvested at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from polyradix.backend.capabilities import validate
+from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
+from polyradix.backend.registry import open_backend
+from polyradix.engine.config import ConfigError, EngineConfig
+from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
+from polyradix.graph.checkpoint import Checkpoint, load_params, open_checkpoint
+from polyradix.graph.dense import make_step
+from polyradix.graph.spec import ModelSpec
+from polyradix.schedule.params import InvalidParam, SamplingParams
+from polyradix.schedule.plan import Output, Plan
+from polyradix.schedule.request import Request
+from polyradix.schedule.scheduler import Scheduler, SchedulerConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Flight:
+    plan: Plan
+    samples: Array
+    tokens: Future[HostArray]
+    logprobs: tuple[Future[HostArray], Future[HostArray], Future[HostArray]] | None
+
+
+class EngineCore:
+    """One model on one backend. Not thread-safe: one thread submits, aborts and steps.
+
+    Raises ConfigError, ModelError, CheckpointError or the registry's errors when it cannot be built.
+    """
+
+    def __init__(
+        self, config: EngineConfig, backend: Backend | None = None, checkpoint: Checkpoint | None = None
+    ) -> None:
+        config.check()
+        self.backend = backend or open_backend(config.device, emulate=config.emulate, **config.backend_options)
+        checkpoint = checkpoint or open_checkpoint(config.model, load_format=config.load_format)
+        self.spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
+        self.dtype: Any = self._dtype(config)
+        self.max_context = _max_context(config, self.spec)
+        caps = self.backend.caps
+        self.page_size = config.page_size or caps.page_sizes[0]
+        if reasons := validate(self.spec.needs(self.dtype), caps, self.page_size):
+            raise ConfigError(f"{config.model} cannot run on {caps.name}: " + "; ".join(map(str, reasons)))
+        budget = config.max_tokens_per_step or caps.step_tokens
+        limits = Limits(max(budget, config.max_seqs), config.max_seqs, self.max_context)
+        self._params = load_params(
+            checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
+        )
+        kv_spec = self.spec.kv_spec(self.page_size, self.dtype)
+        self.pages = self._page_count(config, self.backend.kv_page_bytes(kv_spec))
+        self._kv: KV = self.backend.alloc_kv(kv_spec, self.pages)
+        self._step = self.backend.compile(make_step(self.spec), limits)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                page_size=self.page_size,
+                pages=self.pages,
+                max_tokens=limits.max_tokens,
+                max_seqs=config.max_seqs,
+                max_context=self.max_context,
+                policy=config.policy,
+                radix=config.radix,
+            )
+        )
+        self._depth = 2 if caps.async_launch else 1
+        self._flights: deque[_Flight] = deque()
+        self._seeds = np.random.default_rng(config.seed)
+        self._stats = Stats(pages_total=self.pages - 1)
+
+    def _dtype(self, config: EngineConfig) -> str:
+        if config.dtype != "auto":
+            return config.dtype
+        return self.spec.dtype if self.spec.dtype in self.backend.caps.dtypes else "float32"
+
+    def _page_count(self, config: EngineConfig, page_bytes: int) -> int:
+        """Pages including the scratch page, from the option or from the free memory, but no more than can be used."""
+        per_seq = -(-self.max_context // self.page_size)
+        if config.kv_pages is not None:
+            return config.kv_pages
+        memory = self.backend.memory()
+        pages = int(memory.free * config.mem_fraction) // page_bytes
+        if pages < 2:
+            raise ConfigError(
+                f"mem_fraction {config.mem_fraction} of {memory.free:,} free bytes holds {pages} KV pages of "
+                f"{page_bytes:,} bytes; at least 2 are needed: free memory, raise mem_fraction or lower page_size"
+            )
+        return min(pages, per_seq * config.max_seqs + 1)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def submit(self, rid: str, tokens: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
+        """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served."""
+        params.check()
+        tokens = np.asarray(tokens, np.int32)
+        if len(tokens) == 0:
+            raise InvalidParam("prompt", [], "at least one token")
+        if len(tokens) >= self.max_context:
+            raise InvalidParam(
+                "prompt", f"{len(tokens)} tokens", f"fewer than the context of {self.max_context} tokens"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.spec.vocab:
+            raise InvalidParam("prompt", low if low < 0 else high, f"token ids from 0 to {self.spec.vocab - 1}")
+        seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
+        eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
+        self.scheduler.add(Request(rid, tokens, params, eos, namespace, _fold32(seed)))
+
+    def abort(self, rid: str) -> bool:
+        """Drop a request; its pages are free as soon as no launched step uses them. False if it is not known."""
+        known = self.scheduler.abort(rid)
+        self._stats.aborted += known
+        return known
+
+    def flush_cache(self) -> None:
+        """Forget every cached prefix that no request is using."""
+        self.scheduler.flush()
+
+    def step(self) -> list[Chunk]:
+        """Launch what can be launched, harvest what must be; returns the new tokens. Call while `has_work`."""
+        begin = time.perf_counter()
+        waited = 0.0
+        chunks: list[Chunk] = []
+        plan = self.scheduler.plan()
+        if plan is not None:
+            try:
+                waited += self._launch(plan)
+            except Exception as error:
+                chunks += self._fail(plan, error)
+        if self._flights and (plan is None or len(self._flights) >= self._depth):
+            wait, more = self._harvest()
+            waited += wait
+            chunks += more
+        elapsed = time.perf_counter() - begin
+        self._stats.steps += plan is not None
+        self._stats.step_seconds += elapsed
+        self._stats.host_seconds += elapsed - waited
+        return chunks
+
+    def stats(self) -> Stats:
+        """A snapshot; counters are totals since the start."""
+        s, now = self.scheduler, self._stats
+        now.running, now.waiting, now.retracted = s.running, s.waiting, s.retracted
+        now.pages_used, now.pages_cached = s.pages_used, s.pages_cached
+        now.prompt_tokens, now.cached_tokens = s.prompt_tokens, s.cached_tokens
+        return now
+
+    def info(self) -> dict[str, str | int | float | bool]:
+        """What /server_info shows."""
+        caps = self.backend.caps
+        return {
+            "backend": caps.name,
+            "device": caps.device,
+            "emulated": caps.emulated,
+            "notes": "; ".join(caps.notes),
+            "architecture": self.spec.architecture,
+            "dtype": self.dtype,
+            "max_context": self.max_context,
+            "page_size": self.page_size,
+            "kv_pages": self.pages - 1,
+            "batch_invariant": caps.batch_invariant,
+            "overlapped": self._depth > 1,
+        }
+
+    def _launch(self, plan: Plan) -> float:
+        prev = self._flights[-1].samples if self._flights else None
+        meta = self.backend.prepare(plan.host, prev)
+        begin = time.perf_counter()
+        logits, self._kv = self._step(self._params, self._kv, meta)
+        samples = self.backend.sample(logits, plan.sample)
+        waited = time.perf_counter() - begin
+        logprobs = None
+        if plan.top_logprobs is not None:
+            lp = self.backend.logprobs(logits, samples, plan.top_logprobs)
+            logprobs = (self.backend.fetch(lp.chosen), self.backend.fetch(lp.ids), self.backend.fetch(lp.values))
+        self._flights.append(_Flight(plan, samples, self.backend.fetch(samples), logprobs))
+        return waited
+
+    def _harvest(self) -> tuple[float, list[Chunk]]:
+        flight = self._flights.popleft()
+        begin = time.perf_counter()
+        try:
+            tokens = flight.tokens.result()
+            logprobs = None
+            if flight.logprobs is not None:
+                chosen, ids, values = flight.logprobs
+                logprobs = (chosen.result(), ids.result(), values.result())
+        except Exception as error:
+            return time.perf_counter() - begin, self._fail(flight.plan, error)
+        waited = time.perf_counter() - begin
+        outputs = self.scheduler.apply(flight.plan, tokens, logprobs)
+        self._stats.output_tokens += sum(len(o.tokens) for o in outputs)
+        self._stats.finished += sum(o.finish is not None for o in outputs)
+        return waited, [_chunk(o) for o in outputs]
+
+    def _fail(self, plan: Plan, error: Exception) -> list[Chunk]:
+        """Ends the requests of a step that raised, logs it once, and keeps the books straight for the others."""
+        log.error("a step of %d requests failed", len(plan.rows), exc_info=error)
+        rids = [r.rid for r in plan.rows if self.scheduler.abort(r.rid)]
+        self.scheduler.apply(plan, np.zeros(len(plan.rows), np.int32))
+        return [Chunk(rid=rid, tokens=[], finish="error", error=f"{type(error).__name__}: {error}") for rid in rids]
+
+
+def _max_context(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_context is not None and config.max_context > spec.max_position:
+        raise ConfigError(f"max_context is {config.max_context}; the model was made for {spec.max_position} at most")
+    return config.max_context or spec.max_position
+
+
+def _fold32(seed: int) -> int:
+    """A 64-bit seed as a signed 32-bit one: both halves count."""
+    seed = (seed ^ (seed >> 32)) & 0xFFFFFFFF
+    return seed - (1 << 32) if seed >= 1 << 31 else seed
+
+
+def _chunk(o: Output) -> Chunk:
+    logprobs = None
+    if o.logprobs is not None:
+        logprobs = [TokenLogProbs(logprob, top) for logprob, top in o.logprobs]
+    return Chunk(
+        rid=o.rid,
+        tokens=o.tokens,
+        logprobs=logprobs,
+        finish=o.finish,
+        stop_token=o.stop_token,
+        prompt_tokens=o.prompt_tokens,
+        cached_tokens=o.cached_tokens,
+    )
+
+

@@ -1,0 +1,102 @@
+"""The engine process: an EngineCore between two ZMQ sockets. Messages are in messages.py."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+import msgspec
+import numpy as np
+import zmq
+
+from polyradix.engine.config import EngineConfig
+from polyradix.engine.core import EngineCore
+from polyradix.engine.messages import Abort, Chunk, Chunks, Failed, FlushCache, FromEngine, Ready, Submit, ToEngine
+from polyradix.schedule.params import InvalidParam
+
+log = logging.getLogger(__name__)
+STATS_SECONDS = 1.0
+
+
+def run_engine(config: EngineConfig, to_engine: str, from_engine: str) -> None:
+    """Serves until SIGTERM or until the parent is gone. Sends Ready or Failed first. Connects both endpoints:
+    `to_engine` is pulled from, `from_engine` pushed to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and decides
+    signal.signal(signal.SIGTERM, _exit)
+    context = zmq.Context()
+    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket, endpoint in ((inbox, to_engine), (outbox, from_engine)):
+        socket.set_hwm(0)
+        socket.connect(endpoint)
+    outbox.setsockopt(zmq.LINGER, 2000)
+    try:
+        _Loop(config, inbox, outbox).run()
+    except Exception as error:
+        log.debug("the engine ended", exc_info=True)
+        outbox.send(msgspec.msgpack.encode(Failed(error=f"{type(error).__name__}: {error}")))
+    finally:
+        context.destroy()
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+class _Loop:
+    def __init__(self, config: EngineConfig, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
+        self._inbox, self._outbox = inbox, outbox
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._parent = os.getppid()
+        self._core = EngineCore(config)
+        self._next_stats = 0.0
+        core = self._core
+        # A prompt of max_prompt_tokens still leaves room for one output token, in the context and in the pool.
+        room = min(core.max_context, (core.pages - 1) * core.page_size)
+        self._send(Ready(max_context=core.max_context, max_prompt_tokens=room - 1, info=core.info()))
+
+    def run(self) -> None:
+        gc.collect()
+        gc.freeze()
+        while os.getppid() == self._parent:
+            chunks = self._receive()
+            if self._core.has_work:
+                chunks += self._core.step()
+            if chunks:
+                self._send(Chunks(chunks))
+            now = time.monotonic()
+            if now >= self._next_stats or not self._core.has_work:
+                self._send(self._core.stats())
+                self._next_stats = now + STATS_SECONDS
+
+    def _receive(self) -> list[Chunk]:
+        """Takes all waiting messages; blocks for the first one only when there is nothing else to do."""
+        refused: list[Chunk] = []
+        if not self._core.has_work and not self._inbox.poll(int(STATS_SECONDS * 1000)):
+            return refused
+        while True:
+            try:
+                message = self._decoder.decode(self._inbox.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return refused
+            if isinstance(message, Submit):
+                refused += self._submit(message)
+            elif isinstance(message, Abort):
+                self._core.abort(message.rid)
+            elif isinstance(message, FlushCache):
+                self._core.flush_cache()
+
+    def _submit(self, m: Submit) -> list[Chunk]:
+        try:
+            self._core.submit(m.rid, np.frombuffer(m.tokens, np.int32), m.params, m.namespace)
+        except InvalidParam as error:
+            return [Chunk(rid=m.rid, tokens=[], finish="error", error=str(error), param=error.param)]
+        return []
+
+    def _send(self, message: FromEngine) -> None:
+        self._outbox.send(self._encoder.encode(message))
