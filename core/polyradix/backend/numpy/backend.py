@@ -1,0 +1,156 @@
+"""The host side of the NumPy backend."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
+from polyradix.backend.launch import Launcher
+from polyradix.backend.numpy.ops import Arr, LayerKV, NumpyMeta, NumpyOps, Packed
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    Compiled,
+    HostArray,
+    KVSpec,
+    Limits,
+    LogProbs,
+    Memory,
+    Ops,
+    Params,
+    ParamSpec,
+    Reader,
+    Step,
+)
+from polyradix.backend.sampling import sample_host
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class NumpyBackend:
+    """Arrays are NumPy arrays, or futures of them with `async_launch`; a KV is a list of (k, v), changed in place."""
+
+    ops: Ops
+
+    def __init__(self, compute: Literal["float32", "float64"], async_launch: bool) -> None:
+        if compute not in ("float32", "float64"):
+            raise ValueError(f"compute is {compute!r}; expected 'float32' or 'float64'")
+        self._wide = np.dtype(compute)
+        self._store = DTYPES if compute == "float32" else dict.fromkeys(DTYPES, self._wide)
+        self._launch = Launcher(async_launch)
+        self.ops = NumpyOps(self._wide, self._store)
+        self.caps = Capabilities(
+            name="numpy",
+            device=f"NumPy {np.__version__} on {platform.machine()}",
+            dtypes=frozenset(DTYPES),
+            page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
+            max_head_dim=1024,
+            head_dim_multiple=2,
+            features=FEATURES,
+            batch_invariant=True,
+            async_launch=async_launch,
+        )
+
+    def memory(self) -> Memory:
+        page = os.sysconf("SC_PAGE_SIZE")
+        total = page * os.sysconf("SC_PHYS_PAGES")
+        free = page * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else total
+        return Memory(free=free, total=total)
+
+    def pack(self, spec: ParamSpec, read: Reader) -> Packed:
+        if spec.dtype not in DTYPES:
+            raise Unsupported(spec.dtype, f"parameter {spec.name}; expected one of {sorted(DTYPES)}")
+        bias = self._host(spec, read("bias"), spec.shape[:1]) if spec.bias else None
+        return Packed(spec, self._host(spec, read(), spec.shape), bias)
+
+    def kv_page_bytes(self, spec: KVSpec) -> int:
+        per_token = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        return per_token * spec.page_size * self._store[spec.dtype].itemsize
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        if spec.page_size not in self.caps.page_sizes:
+            raise Unsupported(f"page size {spec.page_size}", f"expected one of {self.caps.page_sizes}")
+        shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._store[spec.dtype]
+        return [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.layers)]
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:
+        return NumpyMeta(batch, prev)
+
+    def compile(self, step: Step, limits: Limits) -> Compiled:
+        def run(params: Params, kv: KV, meta: NumpyMeta) -> tuple[Array, KV]:
+            _check_limits(meta.batch, limits)
+            logits, new = self._launch.split(lambda held: step(self.ops, params, held, meta), 2, kv)
+            return logits, new
+
+        return run
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        return self._launch.run(lambda x: sample_host(x.astype(np.float32), batch), logits)
+
+    def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs:
+        return LogProbs(*self._launch.split(_logprobs, 3, logits, tokens, top))
+
+    def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
+        return self._launch.run(_copy, kv, list(src), list(dst))
+
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
+        return self._launch.future(_export, kv, list(pages))
+
+    def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
+        return self._launch.run(_import, kv, list(pages), data)
+
+    def fetch(self, x: Array) -> Future[HostArray]:
+        return self._launch.future(np.copy, x)
+
+    def _host(self, spec: ParamSpec, value: HostArray, shape: tuple[int, ...]) -> Arr:
+        if value.shape != shape:
+            raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {shape}")
+        return np.ascontiguousarray(value.astype(DTYPES[spec.dtype]), self._wide)
+
+
+def _check_limits(b: HostBatch, limits: Limits) -> None:
+    sizes = (
+        ("num_tokens", b.num_tokens, limits.max_tokens),
+        ("num_seqs", b.num_seqs, limits.max_seqs),
+        ("kv_len", int(b.kv_len.max(initial=0)), limits.max_context),
+    )
+    for name, value, most in sizes:
+        if value > most:
+            raise ValueError(f"batch has {name} {value}; expected at most {most}, the limit given to compile")
+
+
+def _logprobs(logits: Arr, tokens: Arr, top: int) -> tuple[Any, ...]:
+    x = logits.astype(np.float64)
+    x = x - x.max(axis=1, keepdims=True)
+    logp = (x - np.log(np.exp(x).sum(axis=1, keepdims=True))).astype(np.float32)
+    ids = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
+    rows = np.arange(len(logp))
+    return logp[rows, tokens], ids, np.take_along_axis(logp, ids, axis=1)
+
+
+def _copy(kv: list[LayerKV], src: list[int], dst: list[int]) -> list[LayerKV]:
+    for pair in kv:
+        for x in pair:
+            x[dst] = x[src]
+    return kv
+
+
+def _export(kv: list[LayerKV], pages: list[int]) -> Arr:
+    return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in (0, 1)])
+
+
+def _import(kv: list[LayerKV], pages: list[int], data: Arr) -> list[LayerKV]:
+    expected = (2, len(kv), len(pages), *kv[0][0].shape[1:])
+    if data.shape != expected:
+        raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
+    for layer, (k, v) in enumerate(kv):
+        k[pages], v[pages] = data[0, layer], data[1, layer]
+    return kv

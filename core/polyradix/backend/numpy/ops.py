@@ -1,0 +1,136 @@
+"""The verbs in NumPy. Each computes in float32 (or float64) from its inputs and rounds once to the dtype of its input.
+
+A result never depends on the batch: products are per row and attention is per query row, so every sum has the same
+order whatever else is there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from polyradix.backend.batch import I32, HostBatch
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.expand import Expansions
+from polyradix.backend.launch import resolve
+from polyradix.backend.protocol import AttnSpec, Heads, ParamSpec
+
+Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One parameter, rounded to its spec's dtype and held in the compute dtype."""
+
+    spec: ParamSpec
+    value: Arr
+    bias: Arr | None = None
+
+
+class NumpyMeta:
+    """A batch, and the previous step's samples that some of its tokens come from."""
+
+    def __init__(self, batch: HostBatch, prev: Any) -> None:
+        self.batch = batch
+        self._prev = prev
+
+    def tokens(self) -> I32:
+        """[T] with the samples of the previous step put in."""
+        b = self.batch
+        if self._prev is None:
+            return b.tokens
+        return np.where(b.from_prev >= 0, resolve(self._prev)[b.from_prev], b.tokens)
+
+
+class NumpyOps(Expansions):
+    """`wide` is the dtype of every computation; `store` maps a spec's dtype to that of activations."""
+
+    def __init__(self, wide: np.dtype[Any], store: dict[str, np.dtype[Any]]) -> None:
+        self._wide = wide
+        self._store = store
+
+    def embed(self, w: Packed, m: NumpyMeta) -> Arr:
+        return w.value[m.tokens()].astype(self._store[w.spec.dtype])
+
+    def linear(self, x: Arr, w: Packed) -> Arr:
+        return _rounded(self._product(x, w), x)
+
+    def linear_reduce(self, x: Arr, w: Packed) -> Arr:
+        return _rounded(self._product(x, w), x)
+
+    def qkv(self, x: Arr, w: Packed, heads: Heads) -> tuple[Arr, Arr, Arr]:
+        rows = self._product(x, w).astype(x.dtype).reshape(len(x), heads.q + 2 * heads.kv, heads.dim)
+        q, k, v = np.split(rows, [heads.q, heads.q + heads.kv], axis=1)
+        return q, k, v
+
+    def add(self, x: Arr, y: Arr) -> Arr:
+        return _rounded(x.astype(self._wide) + y.astype(self._wide), x)
+
+    def rms_norm(self, x: Arr, w: Packed, eps: float) -> Arr:
+        f = np.ascontiguousarray(x, self._wide)
+        mean = np.mean(f * f, axis=-1, keepdims=True)
+        return _rounded(f / np.sqrt(mean + self._wide.type(eps)) * w.value, x)
+
+    def rope(self, q: Arr, k: Arr, table: Packed, m: NumpyMeta) -> tuple[Arr, Arr]:
+        cos, sin = np.split(table.value[m.batch.positions][:, None, :], 2, axis=-1)  # [T,1,D/2] each
+        return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
+
+    def attend(self, q: Arr, k: Arr, v: Arr, kv: LayerKV, m: NumpyMeta, a: AttnSpec) -> tuple[Arr, LayerKV]:
+        b = m.batch
+        keys, values = kv
+        page_size = keys.shape[1]
+        keys[b.slots // page_size, b.slots % page_size] = k
+        values[b.slots // page_size, b.slots % page_size] = v
+        out = np.empty(q.shape, q.dtype)
+        for s in range(b.num_seqs):
+            pages = b.pages[s, : -(-int(b.kv_len[s]) // page_size)]
+            ks, vs = (x[pages].reshape(-1, *x.shape[2:]).astype(self._wide) for x in (keys, values))
+            for t in range(b.cu_q[s], b.cu_q[s + 1]):
+                out[t] = self._attend_row(q[t], ks, vs, int(b.positions[t]), a)
+        return out.reshape(len(q), -1), kv
+
+    def gated(self, x: Arr, kind: Literal["silu"]) -> Arr:
+        if kind != "silu":
+            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+        gate, up = (np.ascontiguousarray(half, self._wide) for half in np.split(x, 2, axis=-1))
+        with np.errstate(over="ignore"):
+            return _rounded(gate / (1 + np.exp(-gate)) * up, x)
+
+    def last(self, x: Arr, m: NumpyMeta) -> Arr:
+        return x[m.batch.last]
+
+    def logits(self, x: Arr, w: Packed) -> Arr:
+        return self._product(x, w)
+
+    def _product(self, x: Arr, w: Packed) -> Arr:
+        """x w^T + bias, unrounded. A matrix product would sum in an order that depends on the number of rows."""
+        out: Arr = np.empty((len(x), len(w.value)), self._wide)
+        for t, row in enumerate(x.astype(self._wide)):
+            out[t] = w.value @ row
+        if w.bias is not None:
+            out += w.bias
+        return out
+
+    def _rotate(self, x: Arr, cos: Arr, sin: Arr) -> Arr:
+        first, second = np.split(x.astype(self._wide), 2, axis=-1)
+        return _rounded(np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1), x)
+
+    def _attend_row(self, q: Arr, keys: Arr, values: Arr, position: int, a: AttnSpec) -> Arr:
+        """One query row q [Hq,D] over keys and values [L,Hk,D] in sequence order; returns [Hq,D], unrounded."""
+        seen = slice(max(0, position + 1 - a.window) if a.window is not None else 0, position + 1)
+        k = np.ascontiguousarray(keys[seen].transpose(1, 0, 2))  # [Hk,L,D]
+        v = np.ascontiguousarray(values[seen].transpose(1, 0, 2))
+        group = q.astype(self._wide).reshape(a.heads.kv, -1, a.heads.dim)  # [Hk,G,D]: query head h reads kv head h // G
+        score = (group @ k.transpose(0, 2, 1)) * self._wide.type(a.scale)  # [Hk,G,L]
+        if a.softcap is not None:
+            score = self._wide.type(a.softcap) * np.tanh(score / self._wide.type(a.softcap))
+        p = np.exp(score - score.max(axis=-1, keepdims=True))
+        out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
+        return out.reshape(a.heads.q, a.heads.dim)
+
+
+def _rounded(value: Arr, like: Arr) -> Arr:
+    return value.astype(like.dtype)
