@@ -1,0 +1,108 @@
+"""The dense decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3): its parameters and its graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polyradix.backend.protocol import KV, Array, AttnSpec, DType, Meta, Ops, Params, ParamSpec, Step, Weight
+from polyradix.graph.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class ParamTable:
+    """`layers[i]` holds the parameters of layer i, in the order of the graph; a name is unique inside its list."""
+
+    top: tuple[ParamSpec, ...]
+    layers: tuple[tuple[ParamSpec, ...], ...]
+
+
+def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -> ParamTable:
+    """Parameters with shapes and shards. `max_context` caps the rope table, which is as long as the model allows."""
+    positions = min(spec.max_position, max_context or spec.max_position)
+    top = (
+        ParamSpec("embed", "embed", (spec.vocab, spec.hidden), dtype),
+        ParamSpec("rope", "rope", (positions, spec.heads.dim), "float32"),
+        ParamSpec("first_norm", "norm", (spec.hidden,), dtype),
+        ParamSpec("logits", "logits", (spec.vocab, spec.hidden), dtype, shard_axis=0),
+    )
+    return ParamTable(top, (_layer(spec, dtype),) * spec.layers)
+
+
+def _layer(spec: ModelSpec, dtype: DType) -> tuple[ParamSpec, ...]:
+    hidden, inner, heads = spec.hidden, spec.intermediate, spec.heads
+    q, kv = heads.q * heads.dim, heads.kv * heads.dim
+    out = [ParamSpec("qkv", "linear", (q + 2 * kv, hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
+    if spec.qk_norm:
+        out += [ParamSpec("q_norm", "norm", (heads.dim,), dtype), ParamSpec("k_norm", "norm", (heads.dim,), dtype)]
+    out += [
+        ParamSpec("o", "linear_reduce", (hidden, q), dtype, (), 1, spec.o_bias),
+        ParamSpec("mlp_norm", "norm", (hidden,), dtype),
+        ParamSpec("gate_up", "linear", (2 * inner, hidden), dtype, (inner, inner), 0, spec.mlp_bias),
+        ParamSpec("down", "linear_reduce", (hidden, inner), dtype, (), 1, spec.mlp_bias),
+        ParamSpec("next_norm", "norm", (hidden,), dtype),
+    ]
+    return tuple(out)
+
+
+_PARTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "q_norm": ("self_attn.q_norm",),
+    "k_norm": ("self_attn.k_norm",),
+    "o": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def sources(spec: ModelSpec, name: str, layer: int | None = None) -> tuple[str, ...]:
+    """Checkpoint names (without `.weight`, `.bias`) whose rows make up a parameter; () for the computed rope table."""
+    if name == "next_norm" and layer is not None:
+        return ("model.norm",) if layer + 1 == spec.layers else (f"model.layers.{layer + 1}.input_layernorm",)
+    if layer is not None:
+        return tuple(f"model.layers.{layer}.{part}" for part in _PARTS[name])
+    return {
+        "embed": ("model.embed_tokens",),
+        "rope": (),
+        "first_norm": ("model.layers.0.input_layernorm",),
+        "logits": ("model.embed_tokens",) if spec.tie_embeddings else ("lm_head",),
+    }[name]
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Every checkpoint tensor the model reads, biases included, with its shape."""
+    table, out = param_specs(spec, spec.dtype), {}
+    for layer, params in [(None, table.top), *enumerate(table.layers)]:
+        for p in params:
+            names = sources(spec, p.name, layer)
+            for name, rows in zip(names, p.segments or p.shape[:1], strict=False):
+                out[f"{name}.weight"] = (rows, *p.shape[1:])
+                if p.bias:
+                    out[f"{name}.bias"] = (rows,)
+    return out
+
+
+def make_step(spec: ModelSpec) -> Step:
+    """The graph. The carry is (x, h): x is h already normed for whoever comes next, so norms fuse with additions."""
+    heads, eps = spec.heads, spec.rms_eps
+    attn = AttnSpec(heads, heads.dim**-0.5, spec.window)
+
+    def step(ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
+        top = params.top
+
+        def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+            x, h = carry
+            q, k, v = ops.qkv(x, w["qkv"], heads)
+            if spec.qk_norm:
+                q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)
+            q, k = ops.rope(q, k, top["rope"], m)
+            a, kv = ops.attend(q, k, v, kv, m, attn)
+            x, h = ops.add_rms_norm(ops.linear_reduce(a, w["o"]), h, w["mlp_norm"], eps)
+            g = ops.linear_gated(x, w["gate_up"], "silu")
+            return ops.add_rms_norm(ops.linear_reduce(g, w["down"]), h, w["next_norm"], eps), kv
+
+        h = ops.embed(top["embed"], m)
+        (x, _), kv = ops.layers(body, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv)
+        return ops.logits(ops.last(x, m), top["logits"]), kv
+
+    return step

@@ -1,0 +1,209 @@
+"""What a model is, read from a Hugging Face config: numbers checked once. Reads no weights, knows no device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from polyradix.backend.capabilities import Needs
+from polyradix.backend.protocol import DType, Heads, KVSpec
+from polyradix.graph.errors import ModelError
+from polyradix.graph.rope import Rope
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+_REQUIRED: Any = object()
+_T = TypeVar("_T", int, float, str, bool)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A dense decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: Heads
+    vocab: int
+    max_position: int
+    rms_eps: float
+    rope: Rope
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    window: int | None = None  # keys a query sees, itself included; the same in every layer
+    eos_ids: tuple[int, ...] = ()
+    dtype: DType = "bfloat16"  # of the published weights; float16 becomes bfloat16
+
+    @staticmethod
+    def from_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
+        """Raises ModelError naming the field, its value and what was expected."""
+        c = _Config(config)
+        architecture = _architecture(config)
+        q, hidden = c.count("num_attention_heads"), c.count("hidden_size")
+        kv = c.count("num_key_value_heads", q)
+        dim = c.count("head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden // q)
+        if q % kv:
+            raise c.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({q})")
+        if dim % 2:
+            raise c.wrong("head_dim", "an even number")
+        _refuse_unknown_parts(c)
+        qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
+        attention_bias = c.get("attention_bias", bool, False)
+        layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
+        return ModelSpec(
+            architecture=architecture,
+            layers=layers,
+            hidden=hidden,
+            intermediate=c.count("intermediate_size"),
+            heads=Heads(q, kv, dim),
+            vocab=c.count("vocab_size"),
+            max_position=max_position,
+            rms_eps=c.positive("rms_norm_eps", 1e-6),
+            rope=_rope(c, max_position, dim),
+            qkv_bias=qwen2 or attention_bias,
+            o_bias=attention_bias and not qwen2,
+            mlp_bias=c.get("mlp_bias", bool, False),
+            qk_norm=qwen3,
+            tie_embeddings=c.get("tie_word_embeddings", bool, False),
+            window=_window(c, architecture, layers),
+            eos_ids=_eos_ids(config, generation_config or {}),
+            dtype=_dtype(c),
+        )
+
+    def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
+        return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype)
+
+    def needs(self, dtype: DType) -> Needs:
+        wanted = {
+            "bias": self.qkv_bias or self.o_bias or self.mlp_bias,
+            "qk_norm": self.qk_norm,
+            "window": self.window is not None,
+        }
+        return Needs(dtype, self.heads.dim, frozenset(name for name, on in wanted.items() if on))
+
+
+class _Config:
+    """Typed reads of a JSON object; null counts as absent."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.values, self.prefix = values, prefix
+
+    def wrong(self, name: str, expected: str) -> ModelError:
+        found = "missing" if self.values.get(name) is None else repr(self.values[name])
+        return ModelError(f"model config: {self.prefix}{name} is {found}; expected {expected}")
+
+    def get(self, name: str, kind: type[_T], default: _T = _REQUIRED) -> _T:
+        value = self.values.get(name)
+        if value is None and default is not _REQUIRED:
+            return default
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.wrong(name, {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
+        return value
+
+    def count(self, name: str, default: int = _REQUIRED) -> int:
+        value = self.get(name, int, default)
+        if value < 1:
+            raise self.wrong(name, "an integer >= 1")
+        return value
+
+    def positive(self, name: str, default: float = _REQUIRED) -> float:
+        value = self.get(name, float, default)
+        if not 0 < value < math.inf:
+            raise self.wrong(name, "a number above 0")
+        return value
+
+    def part(self, name: str) -> _Config:
+        value = self.values.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise self.wrong(name, "an object")
+        return _Config(value, f"{self.prefix}{name}.")
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    found = config.get("architectures")
+    if isinstance(found, list) and len(found) == 1 and found[0] in ARCHITECTURES:
+        return str(found[0])
+    raise ModelError(f"model config: architectures is {found!r}; expected one of {', '.join(ARCHITECTURES)}")
+
+
+def _refuse_unknown_parts(c: _Config) -> None:
+    if c.get("hidden_act", str, "silu") not in ("silu", "swish"):
+        raise c.wrong("hidden_act", "'silu'")
+    if c.values.get("quantization_config"):
+        raise c.wrong("quantization_config", "none: float32, float16 or bfloat16 weights, or a GGUF file")
+
+
+def _rope(c: _Config, max_position: int, dim: int) -> Rope:
+    """Transformers 5 writes rope_parameters; older configs write rope_theta beside rope_scaling."""
+    r = c.part("rope_parameters") if c.values.get("rope_parameters") else c.part("rope_scaling")
+    theta = r.positive("rope_theta", c.positive("rope_theta", 10000.0))
+    kind = r.get("rope_type", str, r.get("type", str, "default"))
+    for part in (c, r):
+        if part.get("partial_rotary_factor", float, 1.0) != 1.0:
+            raise part.wrong("partial_rotary_factor", "1.0")
+    if kind == "default":
+        return Rope(theta, freq_factors=_freq_factors(r, dim))
+    if kind == "linear":
+        return Rope(theta, "linear", r.positive("factor"))
+    if kind != "llama3":
+        raise ModelError(f"model config: {r.prefix}rope_type is {kind!r}; expected one of default, linear, llama3")
+    low, high = r.positive("low_freq_factor"), r.positive("high_freq_factor")
+    if high <= low:
+        raise r.wrong("high_freq_factor", f"a number above low_freq_factor ({low})")
+    original = r.count("original_max_position_embeddings", max_position)
+    return Rope(theta, "llama3", r.positive("factor"), low, high, original)
+
+
+def _freq_factors(r: _Config, dim: int) -> tuple[float, ...]:
+    """`freq_factors` is ours: what GGUF files carry instead of a rope type."""
+    factors = tuple(r.values.get("freq_factors") or ())
+    if factors and (len(factors) != dim // 2 or min(factors) <= 0):
+        raise r.wrong("freq_factors", f"{dim // 2} numbers above 0")
+    return factors
+
+
+def _window(c: _Config, architecture: str, layers: int) -> int | None:
+    if architecture == "LlamaForCausalLM":
+        return None
+    if architecture != "MistralForCausalLM" and not c.get("use_sliding_window", bool, False):
+        return None
+    if c.values.get("sliding_window") is None:
+        return None
+    window = c.count("sliding_window")
+    if architecture == "MistralForCausalLM":
+        return window
+    types = c.values.get("layer_types")
+    if types is None:
+        first = c.get("max_window_layers", int, 28)
+        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise c.wrong("layer_types", f"a list of {layers}")
+    if len(set(types)) > 1:
+        raise ModelError(f"model config: sliding_window {window} holds in some layers only; expected all or none")
+    return window if types[0] == "sliding_attention" else None
+
+
+def _eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    out: set[int] = set()
+    for config in configs:
+        value = config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(i, int) and i >= 0 for i in ids):
+            raise ModelError(f"model config: eos_token_id is {value!r}; expected token ids")
+        out.update(ids)
+    return tuple(sorted(out))
+
+
+def _dtype(c: _Config) -> DType:
+    name = c.get("dtype", str, c.get("torch_dtype", str, "bfloat16"))
+    if name not in _DTYPES:
+        raise c.wrong("dtype" if c.values.get("dtype") else "torch_dtype", f"one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
