@@ -1,4 +1,4 @@
-"""Launches for host backends: at once, or in order on one worker thread, so that overlap can be tested without hardware."""
+"""Launches for host backends: at once, or in order on one worker thread, so that overlap is testable on any host."""
 
 from __future__ import annotations
 
