@@ -124,7 +124,8 @@ def test_the_model_is_near_its_float64_self(dtype: str) -> None:
 def test_tokens_come_from_the_previous_samples(async_launch: bool) -> None:
     tiny = Tiny(entry.create(async_launch=async_launch), "float32")
     fetch = tiny.backend.fetch
-    greedy = SampleBatch(*[np.zeros(2, t) for t in (np.float32, np.int32, np.float32, np.float32, np.int32, np.int32)])
+    f, i = np.zeros(2, np.float32), np.zeros(2, np.int32)
+    greedy = SampleBatch(f, i, f + 1, f, i, i)
     prev = tiny.backend.sample(tiny.launch(batch_of((A, 0, PAGES_A), (B, 0, PAGES_B))), greedy)
     # launched before the samples were fetched; the sequences changed places, and the prefill of a third came between
     rows = [1, -1, -1, 0]
@@ -237,8 +238,9 @@ def test_refusals_name_field_value_and_expectation() -> None:
         tiny.launch(batch_of(([1], 32, list(range(1, 10)))))
     with pytest.raises(ValueError, match=r"parameter up has shape \(2, 3\); expected \(3, 2\)"):
         tiny.backend.pack(ParamSpec("up", "linear", (3, 2), "float32"), lambda part="weight": np.zeros((2, 3)))
+    half: Any = "float16"
     with pytest.raises(Unsupported, match="float16"):
-        tiny.backend.pack(ParamSpec("up", "linear", (3, 2), "float16"), lambda part="weight": np.zeros((3, 2)))
+        tiny.backend.pack(ParamSpec("up", "linear", (3, 2), half), lambda part="weight": np.zeros((3, 2)))
     with pytest.raises(Unsupported, match="page size 3"):
         tiny.backend.alloc_kv(KVSpec(1, 2, 8, 3, "float32"), 8)
     with pytest.raises(ValueError, match="expected \\(2, 1, 1, 4, 2, 8\\)"):

@@ -159,7 +159,7 @@ class ExtraMethod(NumpyBackend):
 
 
 class LostDefault(NumpyBackend):
-    def prepare(self, batch: Any, prev: Any) -> Any:
+    def prepare(self, batch: Any, prev: Any) -> Any:  # type: ignore[override]
         return batch
 
 
