@@ -87,8 +87,11 @@ def measure(url: str, model: str, tokens: list[int], works: list[Workload], runs
 def _counters(url: str) -> dict[str, float]:
     """Our engine's own counters; empty for a peer. They are up to a second late, so idle a moment first."""
     time.sleep(1.2)
-    with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
+    try:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return {}
     pairs = (line.rsplit(" ", 1) for line in lines if line.startswith("polyradix_") and "{" not in line)
     return {name: float(value) for name, value in pairs}
 

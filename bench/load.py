@@ -74,10 +74,10 @@ class Result:
     itl: list[float]
 
     def row(self) -> dict[str, float]:
-        decode = sum(self.itl) or 1e-9
+        decode = (self.output_tokens - len(self.ttft)) / (sum(self.itl) or 1e-9)
         return {
             "out_tok_s": round(self.output_tokens / self.seconds, 1),
-            "decode_tok_s": round(len(self.itl) / decode, 1),  # per stream, first token excluded
+            "decode_tok_s": round(decode, 1),  # per stream, first token excluded
             "ttft_ms": round(1000 * statistics.median(self.ttft), 1),
             "itl_ms": round(1000 * statistics.median(self.itl), 2) if self.itl else 0.0,
             "seconds": round(self.seconds, 2),
