@@ -28,14 +28,12 @@ class Rope:
 def frequencies(rope: Rope, dim: int) -> HostArray:
     """Radians per position, float64 [dim/2]."""
     freq: HostArray = rope.theta ** (-np.arange(0, dim, 2) / dim)
-    if rope.freq_factors:
-        return freq / np.array(rope.freq_factors)
     if rope.type == "llama3":
         turns = rope.original_max_position * freq / (2 * math.pi)  # over the original context
         blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         blend = np.clip(blend, 0.0, 1.0)
         return freq * (blend + (1 - blend) / rope.factor)
-    return freq / rope.factor
+    return freq / (np.array(rope.freq_factors) if rope.freq_factors else rope.factor)
 
 
 def rope_table(rope: Rope, positions: int, dim: int) -> HostArray:

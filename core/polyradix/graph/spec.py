@@ -72,7 +72,7 @@ class ModelSpec:
             qk_norm=qwen3,
             tie_embeddings=c.get("tie_word_embeddings", bool, False),
             window=_window(c, architecture, layers),
-            eos_ids=_eos_ids(config, generation_config or {}),
+            eos_ids=eos_ids(config, generation_config or {}),
             dtype=_dtype(c),
         )
 
@@ -191,7 +191,8 @@ def _window(c: _Config, architecture: str, layers: int) -> int | None:
     return window if types[0] == "sliding_attention" else None
 
 
-def _eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+def eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The eos_token_id of every config, each an id, a list of ids, or absent."""
     out: set[int] = set()
     for config in configs:
         value = config.get("eos_token_id")
