@@ -1,0 +1,150 @@
+"""One step, what comes out of it, and the table its arrays are gathered from in bulk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from polyradix.backend.batch import I32, HostBatch, SampleBatch
+from polyradix.schedule.request import Request
+
+Finish: TypeAlias = Literal["stop", "length"]
+TokenLogProbs: TypeAlias = tuple[float, list[tuple[int, float]]]  # of the token; the best (id, logprob), descending
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step of S rows: decode rows first, in the order in which requests began to decode, then prefill chunks.
+
+    Every row is sampled; the sample of a chunk that is not a prefill's last means nothing and `apply` skips it.
+    """
+
+    number: int  # counts launches from 1
+    rows: list[Request]  # S
+    host: HostBatch
+    sample: SampleBatch
+    top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
+
+
+@dataclass(slots=True)
+class Output:
+    """What one step gave one request. A stop token is the last of `tokens`, and also in `stop_token`."""
+
+    rid: str
+    tokens: list[int]
+    finish: Finish | None
+    stop_token: int | None
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list[TokenLogProbs] | None
+
+
+class RowTable:
+    """State of up to `rows` running requests, one row each, as arrays: `slot` below is an index into them."""
+
+    def __init__(self, rows: int, width: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages = np.zeros((rows, width), np.int32)
+        self.computed = np.zeros(rows, np.int32)  # tokens whose KV is computed by the plans made so far
+        self.limit = np.zeros(rows, np.int32)
+        self.token = np.zeros(rows, np.int32)  # the newest token the host knows
+        self.source_plan = np.zeros(rows, np.int64)  # the newest plan with this slot, and its row there
+        self.source_row = np.zeros(rows, np.int32)
+        self.temperature = np.zeros(rows, np.float32)
+        self.top_k = np.zeros(rows, np.int32)
+        self.top_p = np.zeros(rows, np.float32)
+        self.min_p = np.zeros(rows, np.float32)
+        self.seed = np.zeros(rows, np.int32)
+        self.logprobs = np.zeros(rows, np.int32)  # -1: none wanted
+        self._free = list(range(rows - 1, -1, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    def assign(self, req: Request) -> None:
+        """Give the request a slot: its pages, `stored` tokens of them computed, and how to sample."""
+        slot = req.slot = self._free.pop()
+        p = req.params
+        self.set_pages(req)
+        self.computed[slot] = req.stored
+        self.limit[slot] = req.limit
+        self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
+        self.top_k[slot] = max(p.top_k, 0)
+        self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
+        self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+
+    def set_pages(self, req: Request) -> None:
+        self.pages[req.slot, : len(req.pages)] = req.pages
+
+    def release(self, req: Request) -> None:
+        self.pages[req.slot] = 0
+        self._free.append(req.slot)
+        req.slot = -1
+
+    def ready(self, slots: I32, launched: int, applied: int) -> NDArray[np.bool_]:
+        """Which of these slots can decode now: the sequence may still grow, and its next token is known to the host or
+        is a sample of the plan launched last."""
+        source = self.source_plan[slots]
+        can: NDArray[np.bool_] = (source <= applied) | (source == launched)
+        can &= self.computed[slots] + 1 < self.limit[slots]
+        return can
+
+    def build(self, number: int, rows: list[Request], slots: I32, chunks: list[int], applied: int) -> Plan:
+        """The plan of rows with these slots, the last len(chunks) of them prefill with that many tokens. Advances the
+        table past it. `applied`: the newest plan whose samples the host has."""
+        decodes = slots[: len(slots) - len(chunks)]
+        start = self.computed[slots]
+        host = self._host(rows, slots, start, chunks, applied)
+        self.computed[slots] = host.kv_len
+        self.source_plan[slots] = number
+        self.source_row[slots] = np.arange(len(slots), dtype=np.int32)
+        sample = SampleBatch(
+            temperature=self.temperature[slots],
+            top_k=self.top_k[slots],
+            top_p=self.top_p[slots],
+            min_p=self.min_p[slots],
+            seed=self.seed[slots],
+            position=host.kv_len,
+        )
+        top = int(self.logprobs[slots].max())
+        assert len(decodes) + len(chunks) == len(rows)
+        return Plan(number, rows, host, sample, top if top >= 0 else None)
+
+    def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:
+        size, n = self.page_size, len(slots)
+        decodes = slots[: n - len(chunks)]
+        index = np.arange(n + 1, dtype=np.int32)
+        tokens, positions, row_of, cu_q, kv_len = self.token[decodes], start, index[:n], index, start + np.int32(1)
+        if chunks:
+            counts = np.ones(n, np.int32)
+            counts[len(decodes) :] = chunks
+            cu_q = np.zeros(n + 1, np.int32)
+            np.cumsum(counts, out=cu_q[1:])
+            row_of = np.repeat(index[:n], counts)
+            positions = np.arange(cu_q[-1], dtype=np.int32) + (start - cu_q[:-1])[row_of]
+            kv_len = start + counts
+            begin = start.tolist()
+            parts = [rows[s].fed[begin[s] : begin[s] + c] for s, c in enumerate(chunks, len(decodes))]
+            tokens = np.concatenate([tokens, *parts])
+        used = (kv_len + np.int32(size - 1)) // size
+        pages = self.pages[:, : int(used.max())].take(slots, axis=0)
+        for s in range(len(decodes), n):
+            pages[s, used[s] :] = 0  # a chunk's request already has the pages of its whole prompt
+        from_prev = np.full(len(tokens), -1, np.int32)
+        unknown = self.source_plan[decodes] > applied
+        from_prev[: len(decodes)] = np.where(unknown, self.source_row[decodes], -1)
+        page, offset = np.divmod(positions, np.int32(size))
+        return HostBatch(
+            tokens=tokens,
+            positions=positions,
+            slots=pages[row_of, page] * np.int32(size) + offset,
+            cu_q=cu_q,
+            kv_len=kv_len,
+            pages=pages,
+            last=cu_q[1:] - np.int32(1),
+            from_prev=from_prev,
+        )

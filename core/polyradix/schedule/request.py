@@ -1,0 +1,48 @@
+"""One request as the scheduler sees it. Token ids only, no text."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polyradix.backend.batch import I32
+from polyradix.cache.radix import Node
+from polyradix.schedule.params import SamplingParams
+
+
+class Request:
+    """Mutable state of one request. `seed` is what sampling uses, in place of the one in params: low 32 bits."""
+
+    def __init__(
+        self,
+        rid: str,
+        prompt: I32,
+        params: SamplingParams,
+        eos: frozenset[int] = frozenset(),
+        namespace: str = "",
+        seed: int = 0,
+    ) -> None:
+        self.rid = rid
+        self.prompt: I32 = np.ascontiguousarray(prompt, np.int32)
+        self.params = params
+        self.namespace = namespace
+        self.seed = seed
+        self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
+        self.outputs: list[int] = []
+        self.cached_tokens = 0  # of the prompt, found in the cache at first admission
+
+        # The scheduler's own.
+        self.arrival = 0
+        self.limit = 0  # prompt and outputs together end here
+        self.fed: I32 = self.prompt  # what prefill computes: the prompt, and after a retraction the outputs so far
+        self.stored = 0  # tokens whose KV is computed and applied
+        self.pages: list[int] = []  # in sequence order; the first `shared` belong to the tree, under the lock on `node`
+        self.shared = 0
+        self.node: Node | None = None  # None while waiting
+        self.slot = -1  # row of the scheduler's table, -1 while it has none
+        self.admitted = False  # at least once
+        self.finished = False
+        self.hint = (-1, 0)  # version of the tree and the prefix length it had
+
+    def tokens(self) -> I32:
+        """Prompt and outputs, int32 [n]."""
+        return np.concatenate((self.prompt, np.array(self.outputs, np.int32)))

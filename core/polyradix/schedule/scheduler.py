@@ -1,0 +1,381 @@
+"""Continuous batching over a paged cache with shared prefixes. Knows no device: it makes plans, somebody runs them.
+
+Plans are launched in the order in which they were made, and `apply` gets their samples in that order. `plan` may be
+called while earlier plans are in flight: a token the host has not seen is named by its row in the plan launched last.
+
+Who owns a page: the pool; or the tree; or one request, from its `shared`-th page on; or the limbo, which keeps what a
+finished request left until every plan launched by then was applied, because a late row of it may still be in flight. So
+no plan ever writes to a page that another plan in flight uses for another request.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from polyradix.backend.batch import F32, I32
+from polyradix.cache.pool import PagePool
+from polyradix.cache.radix import Node, RadixCache
+from polyradix.schedule.params import InvalidParam
+from polyradix.schedule.plan import Finish, Output, Plan, RowTable, TokenLogProbs
+from polyradix.schedule.policy import Policy, admission_order
+from polyradix.schedule.request import Request
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """`pages` includes scratch page 0. `max_tokens` is one step's budget; `max_context` counts prompt and outputs."""
+
+    page_size: int
+    pages: int
+    max_tokens: int
+    max_seqs: int
+    max_context: int
+    policy: Policy = "lpm"
+    radix: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"page_size": 1, "pages": 2, "max_seqs": 1, "max_tokens": self.max_seqs, "max_context": 2}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                why = " (max_seqs: every running request may decode)" if name == "max_tokens" else ""
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}{why}")
+        if self.policy not in get_args(Policy):
+            raise ValueError(f"policy is {self.policy!r}; expected one of {', '.join(get_args(Policy))}")
+
+
+LogProbArrays = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.retracted = 0  # totals
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self._pool = PagePool(config.pages)
+        self._tree = RadixCache(config.page_size)
+        self._table = RowTable(config.max_seqs, -(-config.max_context // config.page_size), config.page_size)
+        self._known: dict[str, Request] = {}
+        self._arrivals = 0
+        self._waiting: list[Request] = []  # retracted requests first
+        self._prefilling: list[Request] = []  # admitted, with prompt tokens left to plan
+        self._decoding: list[Request] = []
+        self._slots: I32 = np.empty(0, np.int32)  # of _decoding, gathered anew when _stale
+        self._stale = False
+        self._filling: list[Request] = []  # admitted, with a prefill not fully applied: others may wait for its prefix
+        self._flight: deque[Plan] = deque()
+        self._launched = 0
+        self._limbo: deque[tuple[int, list[int], Node]] = deque()  # after this plan: free the pages, unlock the node
+
+    def add(self, req: Request) -> None:
+        """Queue a request. Raises InvalidParam if it is malformed or can never be served."""
+        req.params.check()
+        n, c = len(req.prompt), self.config
+        capacity = self._pool.capacity * c.page_size
+        if req.rid in self._known:
+            raise InvalidParam("rid", req.rid, "an id that is not in use")
+        if n == 0:
+            raise InvalidParam("prompt", [], "at least one token")
+        if n >= c.max_context:
+            raise InvalidParam("prompt", f"{n} tokens", f"at most {c.max_context - 1}: the context is {c.max_context}")
+        if n > capacity:
+            raise InvalidParam("prompt", f"{n} tokens", f"at most {capacity}: the KV cache has room for no more")
+        # The last token's KV is never stored, so a lone request may outgrow the pool by one.
+        req.limit = min(n + req.params.max_tokens, c.max_context, capacity + 1)
+        self._arrivals += 1
+        req.arrival = self._arrivals
+        self._known[req.rid] = req
+        self._waiting.append(req)
+
+    def abort(self, rid: str) -> bool:
+        """Drop a request; it gives no further Output. True if it was known."""
+        req = self._known.pop(rid, None)
+        if req is None:
+            return False
+        req.finished = True
+        if req.slot < 0:
+            self._waiting.remove(req)
+        else:
+            self._leave(req)
+        return True
+
+    def plan(self) -> Plan | None:
+        """The next step, already counted as launched. None when there is nothing to do now: if plans are in flight,
+        apply them and ask again."""
+        ready = self._ready()
+        if ready is None:
+            return None
+        rows, slots = ready
+        chunks = self._chunks(self.config.max_tokens - len(rows))
+        if not rows and not chunks:
+            return None
+        decoding = len(self._decoding)
+        if chunks:
+            rows = rows + [req for req, _ in chunks]
+            slots = np.concatenate((slots, np.array([req.slot for req, _ in chunks], np.int32)))
+        plan = self._table.build(self._launched + 1, rows, slots, [n for _, n in chunks], self._applied)
+        self._launched += 1
+        self._flight.append(plan)
+        self._decoding += [req for req, n in chunks if self._left(req) == 0]
+        self._prefilling = [req for req in self._prefilling if self._left(req)]
+        self._stale |= len(self._decoding) != decoding
+        return plan
+
+    def apply(self, plan: Plan, tokens: I32, logprobs: LogProbArrays | None = None) -> list[Output]:
+        """Take the samples int32 [S] of the oldest plan in flight, and log-probabilities if it wants any."""
+        if not self._flight or plan is not self._flight[0]:
+            raise ValueError(f"plan {plan.number} applied; expected plan {self._applied + 1}, in launch order")
+        if logprobs is None and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
+            raise ValueError(f"logprobs is None; expected {plan.top_logprobs} a row, as plan {plan.number} says")
+        self._flight.popleft()
+        out: list[Output] = []
+        rows, slots = list[int](), list[int]()
+        ends = plan.host.kv_len.tolist()
+        for row, (req, token, end) in enumerate(zip(plan.rows, tokens.tolist(), ends, strict=True)):
+            if req.finished:
+                continue
+            req.stored = end
+            if end < len(req.fed):
+                continue
+            rows.append(row)
+            slots.append(req.slot)
+            out.append(self._accept(req, token, row, logprobs))
+        self._table.token[slots] = tokens[rows]
+        for req in [req for req in self._filling if req.stored >= len(req.fed)]:
+            self._filling.remove(req)
+            self._share(req, req.fed)
+        for req in [self._known[o.rid] for o in out if o.finish]:
+            del self._known[req.rid]
+            self._leave(req)
+        self._drain()
+        return out
+
+    def flush(self) -> None:
+        """Forget all prefixes not in use."""
+        self._pool.free(self._tree.flush())
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._known or self._flight)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flight)
+
+    @property
+    def running(self) -> int:
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def pages_used(self) -> int:
+        """Held by running requests, shared prefixes included."""
+        return self._pool.capacity - self._pool.available - self._tree.evictable_pages
+
+    @property
+    def pages_cached(self) -> int:
+        """Held by the tree alone, there to be evicted."""
+        return self._tree.evictable_pages
+
+    def check(self) -> None:
+        """Raises AssertionError unless every page is accounted for exactly once and every reference is real."""
+        running = self._prefilling + self._decoding
+        nodes = [req.node for req in running if req.node is not None]
+        self._tree.check(nodes + [node for _, _, node in self._limbo])
+        pages = self._pool.free_pages() + self._tree.all_pages()
+        pages += [page for _, limbo, _ in self._limbo for page in limbo]
+        pages += [page for req in running for page in req.pages[req.shared :]]
+        assert sorted(pages) == list(range(1, self.config.pages)), "a page is lost or has two owners"
+        assert self._limbo == deque() or self._flight, "pages wait for a plan that is not in flight"
+        assert len(nodes) == len(running) == self.config.max_seqs - self._table.available, "rows do not match"
+        assert {req.rid for req in running + self._waiting} == set(self._known), "a request is lost"
+        for req in running:
+            assert req.node is not None
+            assert req.pages[: req.shared] == self._tree.path(req.node), f"{req.rid} does not hold the tree's pages"
+            row = self._table.pages[req.slot]
+            assert row[: len(req.pages)].tolist() == req.pages, f"the table has other pages than {req.rid}"
+            assert not row[len(req.pages) :].any(), f"the table has more pages than {req.rid}"
+
+    @property
+    def _applied(self) -> int:
+        return self._launched - len(self._flight)
+
+    def _left(self, req: Request) -> int:
+        """Prefill tokens not planned yet."""
+        return max(0, len(req.fed) - int(self._table.computed[req.slot]))
+
+    def _ready(self) -> tuple[list[Request], I32] | None:
+        """The requests that decode in the next plan and their slots, each with a page for its token. None when pages
+        ran out and only the plans in flight can tell what to do."""
+        while True:
+            if self._stale:
+                self._slots = np.array([req.slot for req in self._decoding], np.int32)
+                self._stale = False
+            rows, slots = self._decoding, self._slots
+            can = self._table.ready(slots, self._launched, self._applied)
+            if not can.all():
+                rows, slots = [rows[i] for i in np.flatnonzero(can)], slots[can]
+            full = np.flatnonzero(self._table.computed[slots] % self.config.page_size == 0).tolist()
+            pages = self._take(len(full))
+            if pages is not None:
+                break
+            if self._flight:
+                return None
+            self._retract(max(self._prefilling + self._decoding, key=lambda req: req.arrival))
+        for i, page in zip(full, pages, strict=True):
+            req = rows[i]
+            self._table.pages[req.slot, len(req.pages)] = page
+            req.pages.append(page)
+        return list(rows), slots
+
+    def _chunks(self, budget: int) -> list[tuple[Request, int]]:
+        """Prefill for the next plan within a budget of tokens: what is begun first, then new requests."""
+        out: list[tuple[Request, int]] = []
+        for req in self._prefilling:
+            if budget == 0:
+                return out
+            n = min(budget, self._left(req))
+            out.append((req, n))
+            budget -= n
+        if not (budget and self._waiting and self._table.available):
+            return out
+        before = len(out)
+        for req in admission_order(self._waiting, self.config.policy, self._cached):
+            if not (budget and self._table.available):
+                break
+            if self._held_back(req):
+                continue
+            if not self._admit(req):
+                break
+            n = min(budget, self._left(req))
+            out.append((req, n))
+            budget -= n
+        if len(out) > before:
+            self._waiting = [req for req in self._waiting if req.slot < 0]
+        return out
+
+    def _cached(self, req: Request) -> int:
+        """Tokens of a waiting request the tree has. May be too high where pages were evicted since: it is a hint."""
+        if req.hint[0] != self._tree.version:
+            req.hint = (self._tree.version, self._tree.prefix(req.fed[:-1], req.namespace))
+        return req.hint[1]
+
+    def _held_back(self, req: Request) -> bool:
+        """True while a prefill under way will soon put at least one more page of this request into the tree."""
+        if not self.config.radix or not self._filling:
+            return False
+        size = self.config.page_size
+        end = self._cached(req) + size
+        if end >= len(req.fed):
+            return False
+        return any(
+            other.namespace == req.namespace
+            and len(other.fed) // size * size >= end
+            and np.array_equal(other.fed[end - size : end], req.fed[end - size : end])
+            and np.array_equal(other.fed[:end], req.fed[:end])
+            for other in self._filling
+        )
+
+    def _admit(self, req: Request) -> bool:
+        """Give a waiting request a slot, the cached prefix and pages for the rest. False, changing nothing, if pages
+        are short: each running request must have one left to grow, or this one would soon be retracted again."""
+        size = self.config.page_size
+        want = req.fed[:-1] if self.config.radix else req.fed[:0]  # the last token is computed even on a full hit
+        found = self._tree.match(want, req.namespace)
+        self._tree.lock(found.node)
+        pages = self._take(-(-len(req.fed) // size) - len(found.pages), keep=self.running)
+        if pages is None:
+            self._tree.unlock(found.node)
+            return False
+        req.node, req.shared, req.stored = found.node, len(found.pages), found.length
+        req.pages = found.pages + pages
+        self._table.assign(req)
+        self._prefilling.append(req)
+        self._filling.append(req)
+        if not req.admitted:
+            req.admitted, req.cached_tokens = True, found.length
+            self.prompt_tokens += len(req.prompt)
+            self.cached_tokens += found.length
+        return True
+
+    def _take(self, n: int, keep: int = 0) -> list[int] | None:
+        """n pages, evicting as needed; None if `keep` would not be left to take afterwards."""
+        short = n - self._pool.available
+        if short + keep > self._tree.evictable_pages:
+            return None
+        if short > 0:
+            self._pool.free(self._tree.evict(short))
+        return self._pool.alloc(n)
+
+    def _accept(self, req: Request, token: int, row: int, logprobs: LogProbArrays | None) -> Output:
+        req.outputs.append(token)
+        n = len(req.prompt)
+        finish: Finish | None = None
+        if token in req.stops:
+            finish = "stop"
+        elif n + len(req.outputs) >= req.limit:
+            finish = "length"
+        req.finished = finish is not None
+        stop = token if finish == "stop" else None
+        details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
+        return Output(req.rid, [token], finish, stop, n, req.cached_tokens, details)
+
+    def _share(self, req: Request, tokens: I32) -> None:
+        """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on
+        with the tree's."""
+        count = min(req.stored, len(tokens)) // self.config.page_size
+        if not self.config.radix or count <= req.shared:
+            return
+        tokens = tokens[: count * self.config.page_size]
+        node, duplicates = self._tree.insert(tokens, req.pages[:count], req.namespace)
+        self._tree.lock(node)
+        old, req.node, req.shared = req.node, node, count
+        if duplicates:
+            req.pages[:count] = self._tree.path(node)
+            self._table.set_pages(req)
+        assert old is not None
+        self._release(duplicates, old)
+
+    def _leave(self, req: Request) -> None:
+        """Take a request out of the running ones; what it computed goes to the tree."""
+        self._share(req, req.tokens())
+        assert req.node is not None
+        self._release(req.pages[req.shared :], req.node)
+        for group in (self._prefilling, self._decoding, self._filling):
+            if req in group:
+                group.remove(req)
+        self._stale = True
+        self._table.release(req)
+        req.node, req.pages, req.shared, req.stored = None, [], 0, 0
+
+    def _retract(self, req: Request) -> None:
+        """Back to the front of the queue; its prefill will compute prompt and outputs again. Nothing is in flight."""
+        self._leave(req)
+        req.fed, req.hint = req.tokens(), (-1, 0)
+        first = sum(other.admitted and other.arrival < req.arrival for other in self._waiting)
+        self._waiting.insert(first, req)
+        self.retracted += 1
+
+    def _release(self, pages: list[int], node: Node) -> None:
+        """Free pages and unlock a node as soon as no plan in flight can use them."""
+        self._limbo.append((self._launched, pages, node))
+        self._drain()
+
+    def _drain(self) -> None:
+        while self._limbo and self._limbo[0][0] <= self._applied:
+            _, pages, node = self._limbo.popleft()
+            self._pool.free(pages)
+            self._tree.unlock(node)
+
+
+def _details(row: int, n: int, logprobs: LogProbArrays | None) -> list[TokenLogProbs]:
+    assert logprobs is not None  # apply has checked
+    chosen, ids, values = logprobs
+    return [(float(chosen[row]), list(zip(ids[row, :n].tolist(), values[row, :n].tolist(), strict=True)))]
