@@ -56,9 +56,8 @@ class _Loop:
         self._core = EngineCore(config)
         self._next_stats = 0.0
         core = self._core
-        # A prompt of max_prompt_tokens still leaves room for one output token, in the context and in the pool.
-        room = min(core.max_context, (core.pages - 1) * core.page_size)
-        self._send(Ready(max_context=core.max_context, max_prompt_tokens=room - 1, info=core.info()))
+        longest = min(core.max_context - 1, (core.pages - 1) * core.page_size)  # leaves room for one output token
+        self._send(Ready(max_context=core.max_context, max_prompt_tokens=longest, info=core.info()))
 
     def run(self) -> None:
         gc.collect()
