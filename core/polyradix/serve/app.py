@@ -1,0 +1,227 @@
+"""The HTTP routes. Each one checks its body, turns prompts into token ids and hands a Generation to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from polyradix import __version__
+from polyradix.serve import openai
+from polyradix.serve.answer import Answer, ChatForm, CompletionForm, GenerateForm, answer
+from polyradix.serve.client import EngineClient
+from polyradix.serve.errors import ApiError, field_error, parse, read_body
+from polyradix.serve.generation import Choice, Generation, Tokens
+from polyradix.serve.metrics import Metrics
+
+MAX_BODY = 32 * 2**20  # bytes
+LONG_TEXT = 16_384  # characters; longer texts are tokenized in a thread, so that streams do not stall
+
+
+@dataclass
+class Server:
+    """What the routes share. `name` is the model's name in the API."""
+
+    client: EngineClient
+    tokenizer: Tokens
+    name: str
+    max_body: int = MAX_BODY
+
+    def __post_init__(self) -> None:
+        self.metrics = Metrics(self.client)
+        self.created = int(time.time())
+
+    @property
+    def context(self) -> int:
+        """Tokens of one request, prompt and output; ApiError 503 while there is no engine."""
+        if self.client.ready is None or self.client.error:
+            raise ApiError(503, self.client.error or "the model is still loading", code="engine_unavailable")
+        return min(self.client.ready.max_context, self.client.ready.max_prompt_tokens + 1)
+
+    async def encode(self, text: str, add_special: bool) -> list[int]:
+        if len(text) < LONG_TEXT:
+            return self.tokenizer.encode(text, add_special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special)
+
+    def choice(
+        self,
+        index: int,
+        prompt: list[int],
+        body: openai.Sampling,
+        field: str,
+        max_tokens: int,
+        logprobs: int | None,
+        stop: Sequence[str] = (),
+    ) -> Choice:
+        """Choice `index` of the request; the index is added to the seed. `field` holds the prompt, for errors."""
+        context = self.context
+        if not prompt:
+            raise field_error(field, prompt, "at least one token")
+        if len(prompt) >= context:
+            message = (
+                f"the prompt has {len(prompt)} tokens; with at least one token of output that is more than the context "
+                f"of {context} tokens"
+            )
+            raise ApiError(400, message, field, "context_length_exceeded")
+        params = openai.sampling(body, max_tokens, context - len(prompt), self.tokenizer.vocab_size, logprobs)
+        if params.seed is not None and index:
+            params = msgspec.structs.replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
+        if not params.ignore_eos:
+            stops = tuple({*params.stop_token_ids, *self.tokenizer.eos_ids})
+            params = msgspec.structs.replace(params, stop_token_ids=stops)
+        return Choice(index, prompt, params, self.tokenizer, stop)
+
+    def check_ids(self, ids: list[int], field: str) -> list[int]:
+        vocab = self.tokenizer.vocab_size
+        for token in ids:
+            if not 0 <= token < vocab:
+                raise field_error(field, token, f"token ids from 0 to {vocab - 1}")
+        return ids
+
+
+async def chat(server: Server, body: openai.ChatRequest, started: float) -> Answer:
+    openai.refuse(body, openai.REFUSED_CHAT)
+    openai.check_common(body, server.name)
+    if body.max_completion_tokens is not None:
+        if body.max_completion_tokens < 1:
+            raise field_error("max_completion_tokens", body.max_completion_tokens, "an integer >= 1")
+        body.max_tokens = body.max_completion_tokens
+    logprobs, stop, messages = openai.chat_logprobs(body), openai.stops(body), openai.chat_messages(body)
+    try:
+        text = server.tokenizer.chat_prompt(messages, **(body.chat_template_kwargs or {}))
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error), "messages") from error
+    prompt = await server.encode(text, add_special=False)
+    choices = [server.choice(i, prompt, body, "messages", server.context, logprobs, stop) for i in range(body.n or 1)]
+    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
+    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+
+
+async def completion(server: Server, body: openai.CompletionRequest, started: float) -> Answer:
+    openai.refuse(body, openai.REFUSED_COMPLETION)
+    openai.check_common(body, server.name)
+    logprobs, stop = openai.completion_logprobs(body), openai.stops(body)
+    given, n = openai.completion_prompts(body), body.n or 1
+    if len(given) * n > openai.MAX_CHOICES:
+        raise field_error(
+            "prompt", f"{len(given)} prompts, n {n}", f"at most {openai.MAX_CHOICES} choices in a request"
+        )
+    choices: list[Choice] = []
+    for prompt in given:
+        ids = await server.encode(prompt, True) if isinstance(prompt, str) else server.check_ids(prompt, "prompt")
+        choices += [server.choice(len(choices) + i, ids, body, "prompt", 16, logprobs, stop) for i in range(n)]
+    form = CompletionForm(server.name, server.tokenizer, _include_usage(body))
+    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+
+
+async def generate(server: Server, body: openai.GenerateRequest, started: float) -> Answer:
+    ids = server.check_ids(body.input_ids, "input_ids")
+    choice = server.choice(0, ids, body, "input_ids", 16, body.logprobs)
+    run = Generation(server.client, server.metrics, [choice], started)
+    return answer(run, GenerateForm(), bool(body.stream))
+
+
+def _include_usage(body: openai.OpenAIBody) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def make_app(server: Server) -> FastAPI:
+    app = FastAPI(title="Polyradix", version=__version__)
+    _add_generation(app, server)
+    _add_state(app, server)
+    _add_errors(app, server)
+    return app
+
+
+def _add_generation(app: FastAPI, server: Server) -> None:
+    routes: Sequence[tuple[str, type[BaseModel], Any]] = (
+        ("/v1/chat/completions", openai.ChatRequest, chat),
+        ("/v1/completions", openai.CompletionRequest, completion),
+        ("/generate", openai.GenerateRequest, generate),
+    )
+    for path, model, run in routes:
+
+        def route(model: type[BaseModel] = model, run: Any = run) -> Any:
+            async def handle(request: Request) -> Response:
+                started = time.monotonic()
+                body = await read_body(request, server.max_body)
+                result: Response = await run(server, parse(model, body), started)
+                return result
+
+            return handle
+
+        schema = {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
+        app.post(path, openapi_extra=schema, name=run.__name__, response_model=None)(route())
+
+
+def _add_state(app: FastAPI, server: Server) -> None:
+    model = {"id": server.name, "object": "model", "created": server.created, "owned_by": "polyradix"}
+
+    @app.get("/v1/models", response_model=None)
+    async def models() -> Response:
+        return _json({"object": "list", "data": [_model()]})
+
+    @app.get("/v1/models/{name:path}", response_model=None)
+    async def one_model(name: str) -> Response:
+        if name != server.name:
+            raise ApiError(
+                404, f"the model {name!r} does not exist; this server has {server.name!r}", "model", "model_not_found"
+            )
+        return _json(_model())
+
+    def _model() -> dict[str, Any]:
+        ready = server.client.ready
+        return model | ({"max_model_len": server.context} if ready and not server.client.error else {})
+
+    @app.get("/health", response_model=None)
+    async def health() -> Response:
+        return _json({"status": "ok", "max_context": server.context})
+
+    @app.get("/server_info", response_model=None)
+    async def server_info() -> Response:
+        ready = server.client.ready
+        info: dict[str, Any] = {"version": __version__, "model": server.name, "context": server.context}
+        return _json(info | (ready.info if ready else {}) | {"stats": server.client.stats})
+
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/flush_cache", response_model=None)
+    async def flush_cache() -> Response:
+        assert server.context
+        server.client.flush_cache()
+        return _json({"status": "ok"})
+
+
+def _add_errors(app: FastAPI, server: Server) -> None:
+    def reply(error: ApiError) -> Response:
+        server.metrics.errors.labels(str(error.status)).inc()
+        return error.response()
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        text = f"{request.method} {request.url.path}: {error.detail}"
+        response = reply(ApiError(error.status_code, text))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def bug(request: Request, error: Exception) -> Response:
+        return reply(ApiError(500, "internal error; the server's log has the details"))
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")

@@ -1,0 +1,120 @@
+"""The `polyradix` command. Imports late: the engine process runs this file again, and has no use for a web server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from polyradix import __version__
+from polyradix.engine.config import EngineConfig
+
+_ENGINE = (
+    *("model", "device", "dtype", "load_format", "max_context", "max_seqs", "max_tokens_per_step", "mem_fraction"),
+    *("kv_pages", "page_size", "policy", "radix", "emulate", "seed"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done or stopped by a signal, 1 could not start or check found a reason, 2 wrong arguments."""
+    args = _parser().parse_args(argv)
+    level = getattr(args, "log_level", "warning")
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(level.upper() if level != "info" else "WARNING")
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return 0
+    except Exception as error:
+        if level == "debug":
+            logging.exception("failed")
+        print(f"polyradix: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from polyradix.serve.run import ServeOptions, serve
+
+    serve(
+        EngineConfig(**{name: getattr(args, name) for name in _ENGINE}),
+        ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
+    )
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    from polyradix.serve.check import check
+
+    lines, good = check(args.model, args.device, args.dtype, args.load_format, args.page_size, args.emulate)
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+def _devices(args: argparse.Namespace) -> int:
+    from polyradix.serve.check import devices
+
+    print("\n".join(devices()))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="polyradix", description="One LLM server core for any accelerator.")
+    parser.add_argument("--version", action="version", version=f"polyradix {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve a model over HTTP", formatter_class=_Defaults)
+    _model_options(serve)
+    _serve_options(serve)
+    serve.set_defaults(run=_serve)
+    check = commands.add_parser(
+        "check", help="say whether a model can run on a device, reading no weights", formatter_class=_Defaults
+    )
+    _model_options(check)
+    check.set_defaults(run=_check)
+    devices = commands.add_parser("devices", help="list the backends found, and why others are not usable")
+    devices.set_defaults(run=_devices)
+    return parser
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not the ones that mean "chosen for you"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, True) else super()._get_help_string(action)
+
+
+def _model_options(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+    add("--model", required=True, help="a Hub id, a folder with safetensors, a .gguf file, or `demo`")
+    add("--device", default="auto", help="a backend's name; `polyradix devices` lists them")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights, activations and KV")
+    add("--load-format", default="auto", choices=("auto", "dummy"), help="dummy: random weights from a config alone")
+    add("--page-size", type=int, help="tokens per KV page; the backend's best if not given")
+    add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
+
+
+def _serve_options(p: argparse.ArgumentParser) -> None:
+    defaults = EngineConfig(model="")
+
+    def add(flag: str, field: str, text: str, **kwargs: Any) -> None:
+        p.add_argument(flag, dest=field, default=getattr(defaults, field), help=text, **kwargs)
+
+    add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
+    add("--max-seqs", "max_seqs", "requests running at once", type=int)
+    add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)
+    add("--mem-fraction", "mem_fraction", "share of the free memory that the KV cache may take", type=float)
+    add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
+    add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
+    add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
+    p.add_argument("--no-radix", dest="radix", action="store_false", help="do not reuse prefixes across requests")
+    p.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
+    p.add_argument("--served-model-name", help="the model's name in the API; as given to --model if not given")
+    p.add_argument("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
+    levels = ("debug", "info", "warning", "error")
+    p.add_argument("--log-level", default="info", choices=levels, help="debug also shows tracebacks and every request")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

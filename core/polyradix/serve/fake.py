@@ -1,0 +1,130 @@
+"""A fake engine: a thread that speaks the engine's messages. For tests of the server, and of clients, without a model.
+
+Each request gets `answer(submit)`'s tokens, one per step, then stops if they ran out ("stop") or at max_tokens
+("length"). Requests seen before count as cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import zmq
+
+from polyradix.engine.messages import (
+    Abort,
+    Chunk,
+    Chunks,
+    Failed,
+    FlushCache,
+    FromEngine,
+    Ready,
+    Stats,
+    Submit,
+    ToEngine,
+    TokenLogProbs,
+)
+
+
+def prompt_of(submit: Submit) -> list[int]:
+    return [int(t) for t in np.frombuffer(submit.tokens, "<i4")]
+
+
+class FakeEngine:
+    """A Worker. `submits` and `aborts` are what it saw; `failure` makes it fail instead of getting ready."""
+
+    def __init__(
+        self,
+        answer: Callable[[Submit], list[int]] = prompt_of,
+        *,
+        step_seconds: float = 0.0,
+        max_context: int = 256,
+        failure: str = "",
+    ) -> None:
+        self.submits: list[Submit] = []
+        self.aborts: list[str] = []
+        self.flushes = 0
+        self._answer, self._step_seconds, self._failure = answer, step_seconds, failure
+        self._max_context = max_context
+        self._running: dict[str, tuple[Submit, list[int], int]] = {}
+        self._stop = threading.Event()
+
+    def start(self, to_engine: str, from_engine: str, on_exit: Callable[[str], None]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            self._serve(to_engine, from_engine)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(on_exit, "the fake engine ended")
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def die(self) -> None:
+        """As if the process had crashed; callable from any thread."""
+        self._stop.set()
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def _serve(self, to_engine: str, from_engine: str) -> None:
+        with zmq.Context() as context, context.socket(zmq.PULL) as inbox, context.socket(zmq.PUSH) as outbox:
+            inbox.connect(to_engine)
+            outbox.connect(from_engine)
+            outbox.setsockopt(zmq.LINGER, 1000)
+
+            def send(message: FromEngine) -> None:
+                outbox.send(msgspec.msgpack.encode(message))
+
+            if self._failure:
+                return send(Failed(self._failure))
+            send(Ready(self._max_context, self._max_context - 1, {"device": "fake", "dtype": "none"}))
+            while not self._stop.is_set():
+                while inbox.poll(0 if self._running else 20):
+                    self._take(msgspec.msgpack.decode(inbox.recv(), type=ToEngine))
+                if self._running:
+                    time.sleep(self._step_seconds)
+                    send(Chunks([self._step(rid) for rid in list(self._running)]))
+                send(Stats(running=len(self._running), pages_total=100, pages_used=len(self._running)))
+
+    def _take(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            self._running[message.rid] = (message, self._answer(message), 0)
+            self.submits.append(message)
+        elif isinstance(message, Abort):
+            self.aborts.append(message.rid)
+            self._running.pop(message.rid, None)
+        elif isinstance(message, FlushCache):
+            self.flushes += 1
+
+    def _step(self, rid: str) -> Chunk:
+        submit, tokens, at = self._running[rid]
+        chunk = Chunk(rid, tokens[at : at + 1], prompt_tokens=len(submit.tokens) // 4)
+        chunk.cached_tokens = chunk.prompt_tokens if any(s.tokens == submit.tokens for s in self._before(rid)) else 0
+        if chunk.tokens and chunk.tokens[0] in submit.params.stop_token_ids:
+            chunk.finish, chunk.stop_token = "stop", chunk.tokens[0]
+        elif at + 1 >= submit.params.max_tokens:
+            chunk.finish = "length"
+        elif at + 1 >= len(tokens):
+            chunk.finish = "stop"
+        if submit.params.logprobs is not None:
+            top = [(token, -1.0 - i) for i, token in enumerate(range(97, 97 + submit.params.logprobs))]
+            chunk.logprobs = [TokenLogProbs(-0.5, top) for _ in chunk.tokens]
+        self._running[rid] = (submit, tokens, at + 1)
+        if chunk.finish is not None:
+            del self._running[rid]
+        return chunk
+
+    def _before(self, rid: str) -> list[Submit]:
+        """Requests that came before this one."""
+        index = next(i for i, s in enumerate(self.submits) if s.rid == rid)
+        return self.submits[:index]

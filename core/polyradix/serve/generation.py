@@ -1,0 +1,171 @@
+"""One HTTP request while it runs: engine chunks in, pieces of text out. Knows no HTTP and no JSON."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from polyradix.engine.detokenizer import Detokenizer
+from polyradix.engine.messages import Chunk, Submit, TokenLogProbs
+from polyradix.schedule.params import SamplingParams
+from polyradix.serve.client import EngineClient, EngineDead
+from polyradix.serve.errors import ApiError
+from polyradix.serve.metrics import Metrics
+from polyradix.serve.replies import Finish
+
+
+class Tokens(Protocol):
+    """What the server needs of a tokenizer; `Tokenizer` of the engine has it."""
+
+    @property
+    def eos_ids(self) -> Iterable[int]: ...
+    @property
+    def special_ids(self) -> frozenset[int]: ...
+    @property
+    def vocab_size(self) -> int: ...
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def token_bytes(self, token: int) -> bytes: ...
+    def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str: ...
+
+
+@dataclass
+class Piece:
+    """What one step added to a choice. `entries` are tokens whose text is out, with logprobs if asked for."""
+
+    text: str
+    tokens: list[int]
+    entries: list[tuple[int, TokenLogProbs]]
+    finish: Finish | None
+
+
+@dataclass
+class Choice:
+    """One completion. `shown` counts characters of logprob entries given out so far (for text_offset)."""
+
+    index: int
+    prompt: list[int]
+    params: SamplingParams
+    tokenizer: Tokens
+    stop: Sequence[str] = ()
+    rid: str = field(default_factory=lambda: uuid.uuid4().hex)
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    finish: Finish | None = None
+    shown: int = 0
+
+    def __post_init__(self) -> None:
+        self._detokenizer = Detokenizer(self.tokenizer, self.stop)
+        self._held: list[tuple[int, int, TokenLogProbs]] = []  # (start byte, token, its logprobs)
+        self._token_bytes = 0
+        self._text_bytes = 0
+
+    def submit(self) -> Submit:
+        return Submit(self.rid, np.asarray(self.prompt, "<i4").tobytes(), self.params)
+
+    def push(self, chunk: Chunk) -> Piece:
+        """Raises ApiError if the engine gave up on it."""
+        if chunk.finish in ("error", "abort"):
+            raise _engine_error(chunk)
+        self.output_tokens += len(chunk.tokens)
+        self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
+        visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
+        text = self._detokenizer.push(visible)
+        if chunk.finish is not None and not self._detokenizer.stopped:
+            text += self._detokenizer.finish()
+        if self._detokenizer.stopped:
+            self.finish = "stop"
+        elif chunk.finish == "stop" or chunk.finish == "length":
+            self.finish = chunk.finish
+        entries = self._entries(visible, chunk.logprobs or [], text)
+        return Piece(text, chunk.tokens, entries, self.finish)
+
+    def _entries(self, tokens: list[int], logprobs: list[TokenLogProbs], text: str) -> list[tuple[int, TokenLogProbs]]:
+        """Logprobs whose text is out: while a stop string may be starting, they wait with the text; if it was one, they
+        are dropped with it."""
+        for token, logprob in zip(tokens, logprobs, strict=False):
+            self._held.append((self._token_bytes, token, logprob))
+            if token not in self.tokenizer.special_ids:
+                self._token_bytes += len(self.tokenizer.token_bytes(token))
+        self._text_bytes += len(text.encode())
+        everything = not self.stop or (self.finish is not None and not self._detokenizer.stopped)
+        out = [h for h in self._held if everything or h[0] < self._text_bytes]
+        self._held = self._held[len(out) :]
+        return [(token, logprob) for _, token, logprob in out]
+
+
+class Generation:
+    """All choices of one request. A context manager: entering submits them, leaving aborts what still runs."""
+
+    def __init__(self, client: EngineClient, metrics: Metrics, choices: Sequence[Choice], started: float) -> None:
+        self.choices = choices
+        self._metrics = metrics
+        self._by_rid = {choice.rid: choice for choice in choices}
+        self._call = client.call([choice.submit() for choice in choices])
+        self._started = started
+        self._last: dict[str, float] = {}
+
+    def __enter__(self) -> Generation:
+        try:
+            self._call.__enter__()
+        except EngineDead as error:
+            raise _dead(error) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._call.__exit__()
+        took = time.monotonic() - self._started
+        unfinished = "error" if kind is ApiError else "abort"
+        for choice in self.choices:
+            self._metrics.finished(choice.finish or unfinished, took)
+
+    async def next(self) -> list[tuple[Choice, Piece]]:
+        """What is new, at least one piece; empty at the end. Raises ApiError 503 when the engine dies."""
+        try:
+            chunks = await self._call.next()
+        except EngineDead as error:
+            raise _dead(error) from None
+        pieces: list[tuple[Choice, Piece]] = []
+        for chunk in chunks:
+            choice = self._by_rid[chunk.rid]
+            if choice.finish is None:
+                piece = choice.push(chunk)
+                if piece.finish is not None and chunk.finish is None:
+                    self._call.drop(choice.rid)
+                self._observe(choice, len(piece.tokens))
+                pieces.append((choice, piece))
+        return pieces or (await self.next() if chunks else [])
+
+    def _observe(self, choice: Choice, tokens: int) -> None:
+        now = time.monotonic()
+        last = self._last.get(choice.rid)
+        if last is None:
+            self._metrics.first_token.observe(now - self._started)
+        elif tokens:
+            self._metrics.inter_token.observe((now - last) / tokens)
+        self._last[choice.rid] = now
+
+    def counts(self) -> tuple[int, int, int]:
+        """(prompt, output, cached) tokens. A prompt of n choices counts once."""
+        prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
+        return (
+            sum(len(c.prompt) for c in prompts),
+            sum(c.output_tokens for c in self.choices),
+            sum(c.cached_tokens for c in prompts),
+        )
+
+
+def _dead(error: EngineDead) -> ApiError:
+    return ApiError(503, str(error), code="engine_unavailable")
+
+
+def _engine_error(chunk: Chunk) -> ApiError:
+    if chunk.param:
+        return ApiError(400, chunk.error, chunk.param)
+    if chunk.finish == "abort":
+        return ApiError(503, chunk.error or "the request was aborted", code="aborted")
+    return ApiError(500, chunk.error or "the engine failed on this request", code="engine_error")
