@@ -66,10 +66,6 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._inner.get_vocab_size())
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The prompt that asks for the next message. `kwargs` are more variables for the template.
 

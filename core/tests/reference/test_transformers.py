@@ -1,0 +1,131 @@
+"""Tiny seeded models of every family: our logits on the NumPy backend against transformers, both in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polyradix.backend.batch import HostBatch
+from polyradix.backend.protocol import Backend, Compiled, KV, Limits, Params
+from polyradix.backend.registry import open_backend
+from polyradix.graph.checkpoint import load_params, open_checkpoint
+from polyradix.graph.dense import make_step
+from polyradix.graph.spec import ModelSpec
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+PAGE, PAGES = 16, [3, 1, 4]  # the pages of the only sequence: shuffled, scratch page 0 left out
+PREFILL, STEPS = 33, 6  # the prompt ends one token into the third page
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+}
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    return open_backend("numpy")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode(family: str, backend: Backend, tmp_path: Path) -> None:
+    model = save_tiny(*FAMILIES[family], tmp_path)
+    ids = np.random.default_rng(7).integers(0, TINY["vocab_size"], PREFILL + STEPS).tolist()
+    want = reference(model, ids)
+    run = Runner(backend, str(tmp_path))
+    assert_close(run(ids[:PREFILL], 0), want[PREFILL - 1])
+    for n in range(PREFILL, len(ids)):
+        assert_close(run(ids[n : n + 1], n), want[n])
+
+
+def test_chunked_prefill_and_shards(backend: Backend, tmp_path: Path) -> None:
+    model = save_tiny("Llama", {}, tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ids = list(range(40))
+    run = Runner(backend, str(tmp_path))
+    for start, end in ((0, 7), (7, 16), (16, 40)):
+        got = run(ids[start:end], start)
+    assert_close(got, reference(model, ids)[-1])
+
+
+def test_old_spelling_of_rope(backend: Backend, tmp_path: Path) -> None:
+    import json
+
+    model = save_tiny("Llama", {"rope_parameters": LLAMA3}, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": LLAMA3["rope_theta"], "rope_scaling": {**LLAMA3, "rope_theta": None}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = list(range(40))
+    assert_close(Runner(backend, str(tmp_path))(ids, 0), reference(model, ids)[-1])
+
+
+def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -> Any:
+    """A model whose norms and biases are not their trivial initial values."""
+    torch.manual_seed(11)
+    config = getattr(transformers, family + "Config")(**{**TINY, "initializer_range": 0.15, **changes})
+    model = getattr(transformers, family + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim == 1:
+                p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in name else 0.0))
+    model.save_pretrained(folder, **save)
+    return model
+
+
+def reference(model: Any, ids: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0].float().numpy()
+
+
+def assert_close(got: np.ndarray, want: np.ndarray) -> None:
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+class Runner:
+    """One sequence through the pages of one cache."""
+
+    def __init__(self, backend: Backend, model: str) -> None:
+        checkpoint = open_checkpoint(model)
+        spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
+        self.backend = backend
+        self.params: Params = load_params(checkpoint, spec, "float32", backend, progress=False)
+        self.kv: KV = backend.alloc_kv(spec.kv_spec(PAGE, "float32"), max(PAGES) + 1)
+        self.step: Compiled = backend.compile(make_step(spec), Limits(64, 1, 64))
+
+    def __call__(self, ids: list[int], start: int) -> np.ndarray:
+        """Logits [V] after the last of `ids`, whose first has position `start`."""
+        n, positions = len(ids), range(start, start + len(ids))
+        slots = [PAGES[p // PAGE] * PAGE + p % PAGE for p in positions]
+        columns = (ids, positions, slots, [0, n], [start + n], [PAGES], [n - 1], [-1] * n)
+        batch = HostBatch(*(np.array(c, np.int32) for c in columns))
+        logits, self.kv = self.step(self.params, self.kv, self.backend.prepare(batch))
+        return self.backend.fetch(logits).result()[0]
