@@ -33,7 +33,7 @@ class Request:
         # The scheduler's own.
         self.arrival = 0
         self.limit = 0  # prompt and outputs together end here
-        self.fed: I32 = self.prompt  # what prefill computes: the prompt, and after a retraction the outputs so far
+        self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied
         self.pages: list[int] = []  # in sequence order; the first `shared` belong to the tree, under the lock on `node`
         self.shared = 0
@@ -41,7 +41,12 @@ class Request:
         self.slot = -1  # row of the scheduler's table, -1 while it has none
         self.admitted = False  # at least once
         self.finished = False
-        self.hint = (-1, 0)  # version of the tree and the prefix length it had
+
+    def feed(self, tokens: I32) -> None:
+        """What prefill has to compute: the prompt, and after a retraction the outputs so far."""
+        self.fed = tokens
+        self.raw = tokens.tobytes()  # the same, for comparing in bulk
+        self.hint = (-1, 0)  # version of the tree, and the prefix length it had then
 
     def tokens(self) -> I32:
         """Prompt and outputs, int32 [n]."""

@@ -271,17 +271,11 @@ class Scheduler:
         """True while a prefill under way will soon put at least one more page of this request into the tree."""
         if not self.config.radix or not self._filling:
             return False
-        size = self.config.page_size
-        end = self._cached(req) + size
+        end = self._cached(req) + self.config.page_size
         if end >= len(req.fed):
             return False
-        return any(
-            other.namespace == req.namespace
-            and len(other.fed) // size * size >= end
-            and np.array_equal(other.fed[end - size : end], req.fed[end - size : end])
-            and np.array_equal(other.fed[:end], req.fed[:end])
-            for other in self._filling
-        )
+        head = req.raw[: end * req.fed.itemsize]
+        return any(other.raw.startswith(head) and other.namespace == req.namespace for other in self._filling)
 
     def _admit(self, req: Request) -> bool:
         """Give a waiting request a slot, the cached prefix and pages for the rest. False, changing nothing, if pages
@@ -358,7 +352,7 @@ class Scheduler:
     def _retract(self, req: Request) -> None:
         """Back to the front of the queue; its prefill will compute prompt and outputs again. Nothing is in flight."""
         self._leave(req)
-        req.fed, req.hint = req.tokens(), (-1, 0)
+        req.feed(req.tokens())
         first = sum(other.admitted and other.arrival < req.arrival for other in self._waiting)
         self._waiting.insert(first, req)
         self.retracted += 1

@@ -1,8 +1,8 @@
 """A device that stores tokens instead of KV, so that a test can read back what a page really holds.
 
-The next token of a sequence is a hash of the request's seed, the position, and every token read through the page ids of
-the plan. Any page that was freed, shared or overwritten too early, any wrong slot, position or from_prev changes it, and
-is also reported on the spot.
+The next token of a sequence is a hash of the request's seed, the position, and every token read through the page ids
+of the plan. Any page that was freed, shared or overwritten too early, any wrong slot, position or from_prev changes it,
+and is also reported on the spot.
 """
 
 from __future__ import annotations
