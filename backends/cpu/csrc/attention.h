@@ -1,0 +1,190 @@
+// ATTEND: writes this batch's k and v into the pages, then one flash-attention kernel for decode and prefill alike
+// (Dao et al., FlashAttention, 2022: running maximum and sum over blocks of keys).
+//
+// A work item is (sequence, kv head, tile of query rows); a row is a (token, head of the group) pair. Keys come in
+// blocks of 64 at absolute positions and each row's arithmetic knows nothing of its tile, so a token gets the same bits
+// in decode, in a chunk and in a whole prefill. A block that is masked for a row leaves the row's state as it was.
+#pragma once
+#include "context.h"
+#include "micro.h"
+
+static constexpr int TILE = 4 * MAX_ROWS, BLOCK = 64, CHUNK = 16;
+
+template <class T> struct Cache {  // one layer's pages, as one head sees them
+    T* base;
+    int64_t Hk, D, page;
+    T* k(int64_t p, int64_t h) const { return base + (p * Hk + h) * 2 * page * D; }
+    T* v(int64_t p, int64_t h) const { return k(p, h) + page * D; }
+    static constexpr int pair = sizeof(T) == 2 ? 2 : 1;
+    void write(int64_t slot, int64_t h, const T* key, const T* value) const {
+        int64_t p = slot / page, i = slot % page;
+        T *ks = k(p, h) + i * pair, *vs = v(p, h) + i / pair * D * pair + i % pair;
+        for (int64_t d = 0; d < D; d++) ks[d / pair * page * pair + d % pair] = key[d], vs[d * pair] = value[d];
+    }
+    const T* k_chunk(int64_t p, int64_t h, int64_t i) const { return k(p, h) + i * pair; }
+    const T* v_chunk(int64_t p, int64_t h, int64_t i) const { return v(p, h) + i * D; }
+};
+
+template <class T> struct Tile {  // scratch of one work item
+    Panel<T>* q;                  // [TILE][D]
+    Panel<T>* p;                  // [TILE][BLOCK] probabilities
+    float* s;                     // [TILE][BLOCK] scores
+    float* o;                     // [TILE][D]
+    T* tail;                      // [CHUNK][D] a last chunk of v whose unwritten keys are zero
+    float top[TILE], sum[TILE];
+    int64_t position[TILE];
+
+    explicit Tile(int64_t D) {
+        char* m = scratch((TILE * (D + BLOCK) * 8) + CHUNK * D * sizeof(T) + 256);
+        o = (float*)m, s = o + TILE * D, q = (Panel<T>*)(s + TILE * BLOCK), p = q + TILE * D, tail = (T*)(p + TILE * BLOCK);
+    }
+};
+
+static inline void narrow(float* p, VF x) { st(p, x); }
+static inline void narrow(bf16* p, VF x) { st(p, x); }
+
+// Scores of one row to probabilities, its maximum and sum brought up to date; o is rescaled. `keys` from `k0` on are
+// visible in [lo, hi).
+template <class T>
+static void softmax_row(Tile<T>& t, int r, int64_t k0, int64_t lo, int64_t hi, int64_t D, float scale, float cap) {
+    float* s = t.s + r * BLOCK;
+    if (lo < k0) lo = k0;
+    if (hi > k0 + BLOCK) hi = k0 + BLOCK;
+    if (lo >= hi) {
+        memset((void*)(t.p + r * BLOCK), 0, BLOCK * sizeof(Panel<T>));
+        return;
+    }
+    VF top = set1(-INFINITY);
+    for (int64_t j = 0; j < lo - k0; j++) s[j] = -INFINITY;
+    for (int64_t j = hi - k0; j < BLOCK; j++) s[j] = -INFINITY;
+    for (int j = 0; j < BLOCK; j += W) {
+        VF x = mul(ld(s + j), set1(scale));
+        if (cap > 0) st(s + j, x = mul(set1(cap), vtanh(div(x, set1(cap)))));
+        else st(s + j, x);
+        if (cap <= 0) top = vmax(x, top);
+    }
+    if (cap > 0) {
+        for (int64_t j = 0; j < lo - k0; j++) s[j] = -INFINITY;
+        for (int64_t j = hi - k0; j < BLOCK; j++) s[j] = -INFINITY;
+        for (int j = 0; j < BLOCK; j += W) top = vmax(ld(s + j), top);
+    }
+    float m = hmax(top);
+    m = m > t.top[r] ? m : t.top[r];
+    const VF shift = set1(m == -INFINITY ? 0.0f : m);
+    float fix[W];
+    st(fix, vexp(sub(set1(t.top[r]), shift)));
+    VF sum = set1(0.0f);
+    for (int j = 0; j < BLOCK; j += W) {
+        VF e = vexp(sub(ld(s + j), shift));
+        sum = add(sum, e);
+        narrow(t.p + r * BLOCK + j, e);
+    }
+    t.sum[r] = t.sum[r] * fix[0] + hsum(sum);
+    t.top[r] = m;
+    if (fix[0] != 1.0f) {
+        float* o = t.o + r * D;
+        for (int64_t d = 0; d < D; d += 16)
+            for (int j = 0; j < 16; j += W) st(o + d + j, mul(ld(o + d + j), set1(fix[0])));
+    }
+}
+
+template <class T> struct Attention {
+    const Op& o;
+    const Context& c;
+    Cache<T> cache{(T*)o.p[3], o.n[1], o.n[2], o.n[6]};
+    const int64_t Hq = o.n[0], Hk = o.n[1], D = o.n[2], G = Hq / Hk, page = o.n[6], window = o.n[7];
+
+    void write() const {
+        int64_t from, to;
+        c.share(c.h->T, from, to);
+        for (int64_t r = from; r < to; r++)
+            for (int64_t h = 0; h < Hk; h++)
+                cache.write(c.h->slots[r], h, (const T*)o.p[1] + r * o.n[4] + h * D, (const T*)o.p[2] + r * o.n[5] + h * D);
+    }
+
+    void prefetch(const int32_t* pages, int64_t h, int64_t k0, int64_t hi) const {
+        for (int64_t k = k0; k < k0 + BLOCK && k < hi; k += CHUNK) {
+            const char* v = (const char*)cache.v_chunk(pages[k / page], h, k % page);
+            const char* key = (const char*)cache.k_chunk(pages[k / page], h, k % page);
+            const int64_t bytes = CHUNK * D * sizeof(T), row = CHUNK * sizeof(T) * cache.pair;
+            for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(v + b, _MM_HINT_T1);
+            for (int64_t b = 0; b < bytes / row; b++) _mm_prefetch(key + b * page * (row / CHUNK), _MM_HINT_T1);
+        }
+    }
+
+    // One block of keys for `rows` query rows; keys at or beyond `kv` hold anything.
+    void block(Tile<T>& t, int rows, const int32_t* pages, int64_t h, int64_t k0, int64_t hi, int64_t kv) const {
+        const void* v[BLOCK / CHUNK];
+        int chunks = 0;
+        for (int64_t k = k0; k < k0 + BLOCK && k < hi; k += CHUNK, chunks++) {
+            const void* key = cache.k_chunk(pages[k / page], h, k % page);
+            v[chunks] = cache.v_chunk(pages[k / page], h, k % page);
+            for (int r = 0; r < rows; r += MAX_ROWS)
+                micro_rows<T, V16, false>(rows - r < MAX_ROWS ? rows - r : MAX_ROWS, t.q + r * D, D, {&key, 1, (int)D, page}, 0,
+                                          t.s + r * BLOCK + chunks * CHUNK, BLOCK, false);
+            if (k + CHUNK > kv) v[chunks] = zero_tail(t.tail, (const T*)v[chunks], kv - k);
+        }
+        for (int r = 0; r < rows; r++) {
+            int64_t end = t.position[r] + 1, lo = window ? end - window : 0;
+            softmax_row(t, r, k0, lo, end, D, o.f[0], o.f[1]);
+        }
+        for (int r = 0; r < rows; r += MAX_ROWS)
+            for (int64_t d = 0; d < D; d += 16)
+                micro_rows<T, V16, false>(rows - r < MAX_ROWS ? rows - r : MAX_ROWS, t.p + r * BLOCK, BLOCK,
+                                          {v, chunks, CHUNK, D}, (int)d, t.o + r * D + d, D, true);
+    }
+
+    const T* zero_tail(T* out, const T* v, int64_t valid) const {
+        memcpy(out, v, CHUNK * D * sizeof(T));
+        for (int64_t k = valid; k < CHUNK; k++)
+            for (int64_t d = 0; d < D; d++) out[k / cache.pair * D * cache.pair + d * cache.pair + k % cache.pair] = 0;
+        return out;
+    }
+
+    // Rows first.. of sequence s and kv head h.
+    void tile(Tile<T>& t, int64_t s, int64_t h, int64_t first, int rows) const {
+        const int64_t q0 = c.h->cu_q[s], kv = c.h->kv_len[s], before = kv - (c.h->cu_q[s + 1] - q0);
+        const int32_t* pages = c.h->pages + s * c.h->page_stride;
+        for (int r = 0; r < rows; r++) {
+            int64_t token = (first + r) / G, head = h * G + (first + r) % G;
+            widen((const T*)o.p[0] + (q0 + token) * o.n[3] + head * D, t.q + r * D, D);
+            t.position[r] = before + token, t.top[r] = -INFINITY, t.sum[r] = 0;
+        }
+        memset(t.o, 0, rows * D * sizeof(float));
+        int64_t hi = t.position[rows - 1] + 1, lo = window ? t.position[0] + 1 - window : 0;
+        for (int64_t k0 = lo > 0 ? lo / BLOCK * BLOCK : 0; k0 < hi; k0 += BLOCK) {
+            if (rows <= MAX_ROWS) prefetch(pages, h, k0 + BLOCK, hi);
+            block(t, rows, pages, h, k0, hi, kv);
+        }
+        for (int r = 0; r < rows; r++) {
+            int64_t token = (first + r) / G, head = h * G + (first + r) % G;
+            T* out = (T*)o.p[4] + (q0 + token) * Hq * D + head * D;
+            const VF sum = set1(t.sum[r]);
+            PX_EACH(d, D, S(out, div(L(t.o + r * D), sum));)
+        }
+    }
+
+    // Items are numbered sequence by sequence, and within one from its last (longest) tile to its first.
+    void read() const {
+        Tile<T> t(D);
+        int64_t s = 0, before = 0;
+        for (int64_t item; item = c.take(), true;) {
+            int64_t rows = 0, tiles = 0;
+            for (; s < c.h->S; s++) {
+                rows = (c.h->cu_q[s + 1] - c.h->cu_q[s]) * G, tiles = (rows + TILE - 1) / TILE;
+                if (item < before + tiles * Hk) break;
+                before += tiles * Hk;
+            }
+            if (s >= c.h->S) return;
+            int64_t first = (tiles - 1 - (item - before) / Hk) * TILE, h = (item - before) % Hk;
+            tile(t, s, h, first, (int)(rows - first < TILE ? rows - first : TILE));
+        }
+    }
+};
+
+template <class T> static void attend(const Op& o, const Context& c) {
+    Attention<T> a{o, c};
+    a.write();
+    c.barrier();
+    a.read();
+}

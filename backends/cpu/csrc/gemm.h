@@ -1,0 +1,148 @@
+// LINEAR: out = x * w^T (+ bias), or silu(gate) * up; one code path from one row to thousands.
+//
+// Work items are (block of rows) x (run of 32-column tiles), taken dynamically. A block's x is put into the thread's
+// scratch once (widened to float32 where the processor has no bf16 product) and small enough to stay in the L2 cache.
+#pragma once
+#include "context.h"
+#include "micro.h"
+
+// Writes c[rows][32] (packed columns tile*32...) as rows r0... of the output.
+template <class O>
+static void store_tile(const Op& o, const float* c, int64_t tile, int64_t r0, int rows) {
+    const int64_t N = o.n[1], stride = o.n[3], mode = o.n[4];
+    const float* bias = (const float*)o.p[2];
+    for (int r = 0; r < rows; r++, c += 32) {
+        O* out = (O*)o.p[3] + (r0 + r) * stride;
+        float t[32];
+        for (int j = 0; j < 32; j += W) st(t + j, bias ? add(ld(c + j), ld(bias + tile * 32 + j)) : ld(c + j));
+        if (mode == PLAIN) {
+            int64_t n = N - tile * 32 < 32 ? N - tile * 32 : 32;
+            PX_EACH(j, n, S(out + tile * 32, L(t));)
+            continue;
+        }
+        int64_t n = N / 2 - tile * 16 < 16 ? N / 2 - tile * 16 : 16;
+        if (mode == FUSED_GATE)
+            PX_EACH(j, n, S(out + tile * 16, mul(vsilu(L(t)), L(t + 16)));)
+        else
+            PX_EACH(j, n, S(out + tile * 16, L(t)); S(out + N / 2 + tile * 16, L(t + 16));)
+    }
+}
+
+static inline void store_any(const Op& o, const float* c, int64_t tile, int64_t r0, int rows) {
+    if (o.n[5])
+        store_tile<float>(o, c, tile, r0, rows);
+    else
+        store_tile<bf16>(o, c, tile, r0, rows);
+}
+
+#if PX_AMX
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0-3: c (2x2), 4-5: a, 6-7: b, for `rows` <= 32 rows. A lone tile of rows leaves 2, 3 and 5 unused.
+static inline void configure(int rows) {
+    TileConfig t;
+    int top = rows < 16 ? rows : 16, bottom = rows - top;
+    for (int i = 0; i < 8; i++) t.row_bytes[i] = 64;
+    t.rows[0] = t.rows[1] = t.rows[4] = top;
+    t.rows[2] = t.rows[3] = t.rows[5] = bottom ? bottom : 1;
+    t.rows[6] = t.rows[7] = 16;
+    _tile_loadconfig(&t);
+}
+
+// c[rows][32] = a[rows][K] * the 32 columns of tile w; K a multiple of 32.
+static inline void amx_tile(int rows, const bf16* a, int64_t lda, const bf16* w, int64_t K, float* c) {
+    const int64_t step = lda * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < K; k += 32, w += 1024) {
+        for (int i = 0; i < 32; i++) _mm_prefetch((const char*)w + 4096 + i * 64, _MM_HINT_T0);
+        _tile_loadd(6, w, 128);
+        _tile_loadd(7, w + 32, 128);
+        _tile_loadd(4, a + k, step);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (rows > 16) {
+            _tile_loadd(5, a + 16 * lda + k, step);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, 128);
+    _tile_stored(1, c + 16, 128);
+    if (rows > 16) {
+        _tile_stored(2, c + 16 * 32, 128);
+        _tile_stored(3, c + 16 * 32 + 16, 128);
+    }
+}
+
+// One tile of columns for all rows of a block; `configured` remembers the rows the tiles are set up for.
+static void columns(const Op& o, const bf16* a, int64_t lda, int64_t tile, int64_t r0, int rows, int& configured) {
+    alignas(64) float c[32 * 32];
+    const bf16* w = (const bf16*)o.p[1] + tile * 32 * o.n[0];
+    for (int r = 0; r < rows; r += 32) {
+        int m = rows - r < 32 ? rows - r : 32;
+        if (m != configured) configure(configured = m);
+        amx_tile(m, a + r * lda, lda, w, o.n[0], c);
+        store_any(o, c, tile, r0 + r, m);
+    }
+}
+#endif
+
+template <class P, class T>
+static void columns(const Op& o, const P* a, int64_t lda, int64_t tile, int64_t r0, int rows, const T* all) {
+    alignas(64) float c[MAX_ROWS * 32];
+    const void* w = all + tile * 32 * o.n[0];
+    Segments s{&w, 1, (int)o.n[0], 32};
+    for (int r = 0; r < rows; r += MAX_ROWS) {
+        int m = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
+        if (m * 2 <= MAX_ROWS)  // few rows: all 32 columns at once, reading ahead of a weight that comes from memory
+            micro_rows<T, 2 * V16, true, MAX_ROWS / 2>(m, a + r * lda, lda, s, 0, c, 32, false);
+        else if (V16 == 1)
+            micro_rows<T, 2 * V16, false>(m, a + r * lda, lda, s, 0, c, 32, false);
+        else
+            for (int j = 0; j < 32; j += 16) micro_rows<T, V16, false>(m, a + r * lda, lda, s, j, c + j, 32, false);
+        store_any(o, c, tile, r0 + r, m);
+    }
+}
+
+template <class T> static void linear(const Op& o, const Context& c) {
+    typedef Panel<T> P;
+    const int64_t K = o.n[0], Kx = o.n[6], M = c.rows(o), tiles = (o.n[1] + 31) / 32, unit = 96;
+    const int64_t lda = K + 64 / (int64_t)sizeof(P);  // not a power of two: rows must not share cache sets
+    int64_t block = 400 * 1024 / (lda * (int64_t)sizeof(P)) / unit * unit;
+    block = block < unit ? unit : block;
+    int64_t blocks = (M + block - 1) / block, run = (tiles * blocks + 4 * c.count - 1) / (4 * c.count);
+    if (!blocks) return;
+    block = ((M + blocks - 1) / blocks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+    run = run < 1 ? 1 : run > tiles ? tiles : run;
+    const int64_t runs = (tiles + run - 1) / run;
+    P* a = (P*)scratch(block * lda * sizeof(P));
+    int64_t held = -1;
+    [[maybe_unused]] int configured = 0;
+    for (int64_t item; (item = c.take()) < blocks * runs;) {
+        const int64_t b = item / runs, r0 = b * block, rows = M - r0 < block ? M - r0 : block;
+        if (rows <= 0) continue;
+        for (int64_t r = 0; b != held && r < rows; r++) {
+            widen((const T*)o.p[0] + (r0 + r) * o.n[2], a + r * lda, Kx);
+            memset((void*)(a + r * lda + Kx), 0, (K - Kx) * sizeof(P));
+        }
+        held = b;
+        for (int64_t t = item % runs * run, end = t + run < tiles ? t + run : tiles; t < end; t++) {
+#if PX_AMX
+            if constexpr (sizeof(T) == 2)
+                columns(o, a, lda, t, r0, (int)rows, configured);
+            else
+#endif
+                columns(o, a, lda, t, r0, (int)rows, (const T*)o.p[1]);
+        }
+    }
+#if PX_AMX
+    if (configured) _tile_release();
+#endif
+}

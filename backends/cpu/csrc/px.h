@@ -1,0 +1,44 @@
+// The C interface of the CPU kernels: a step is an array of Op, run by px_run over one Header.
+//
+// Pointers are borrowed for the duration of a call. Activations and the KV cache are bf16 (uint16_t) or float32, as flag
+// F32 of the op says; strides and counts are in elements; rows are T * mult, or S * mult when flag SEQS is set.
+// A token's result has the same bits in every batch: each output is one accumulation chain in a fixed order.
+#pragma once
+#include <cstdint>
+
+enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX };
+enum Flag : int32_t { F32 = 1, SEQS = 2 };
+enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_GATE };  // the last two: gate and up interleaved by 16 columns
+
+// kind      p[]                                    n[]                                              f[]
+// EMBED     table [V,H], out                       H
+// LINEAR    x, w, bias f32 or null, out            K (padded), N, x stride, out stride, mode, out is f32, K of x
+// ADD       x, y, out                              H, x stride, y stride
+// NORM      x, w f32, out                          width, x stride, inner (rows per x row, mult = inner)   eps
+// ADD_NORM  x, residual, w f32, out, sum           H                                                eps
+// ROPE      q, k, table f32 [pos,D], q out, k out  Hq, Hk, D, q stride, k stride
+// ATTEND    q, k, v, kv, out                       Hq, Hk, D, q, k, v stride, page, window or 0     scale, softcap or 0
+// GATED     x [.,2F], out [.,F]                    F, x stride
+// LAST      x, out [S,H]                           H, x stride
+// ARGMAX    x f32 [rows,V], out i32 [rows]         V
+//
+// w of LINEAR: bf16 [N/32][K/2][32][2], f32 [N/32][K][32], both zero-padded. kv: [pages][Hk][2][page*D], where k is
+// bf16 [D/2][page][2] or f32 [D][page], and v is bf16 [page/2][D][2] or f32 [page][D].
+struct Op {
+    int32_t kind, flags;
+    int64_t mult;
+    void* p[6];
+    int64_t n[8];
+    float f[2];
+};
+
+// Arrays as in HostBatch, int32; `page_stride` is the row length of `pages`. threads >= 1.
+struct Header {
+    int32_t T, S, threads, page_stride;
+    const int32_t *tokens, *positions, *slots, *cu_q, *kv_len, *pages, *last;
+};
+
+extern "C" {
+int px_init();  // 1 when the processor and the system can run this library; call once before px_run
+void px_run(const Op* ops, int32_t count, const Header* header);
+}
