@@ -189,7 +189,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
     async def server_info() -> Response:
         ready = server.client.ready
         info: dict[str, Any] = {"version": __version__, "model": server.name, "context": server.context}
-        return _json(info | (ready.info if ready else {}) | {"stats": server.client.stats})
+        return _json(info | (ready.info if ready else {}) | {"stats": msgspec.structs.asdict(server.client.stats)})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

@@ -10,6 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,6 +29,27 @@ from polyradix.engine.messages import (
     ToEngine,
     TokenLogProbs,
 )
+
+
+class ByteTokenizer:
+    """One token a byte, and 256 to end. Chats become `role: content` lines."""
+
+    eos_ids = frozenset({256})
+    special_ids = frozenset({256})
+    vocab_size = 257
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
+
+    def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        if messages[0]["role"] == "assistant":
+            raise ValueError("the first message is the assistant's")
+        return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "".join(
+            f"{k}={v}" for k, v in kwargs.items()
+        )
 
 
 def prompt_of(submit: Submit) -> list[int]:

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from polyradix.serve.app import Server, make_app
+from polyradix.serve.client import EngineClient
+from polyradix.serve.fake import ByteTokenizer, FakeEngine
+from polyradix.serve.run import listen
+
+
+@dataclass
+class Live:
+    """A server in a thread, with a fake engine behind it."""
+
+    url: str
+    engine: FakeEngine
+    server: Server
+    http: httpx.Client
+
+    def post(self, path: str, body: object) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def error(self, path: str, body: object) -> tuple[int, dict[str, Any]]:
+        response = self.post(path, body)
+        error: dict[str, Any] = response.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return response.status_code, error
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def live_server(engine: FakeEngine, **options: Any) -> Iterator[Live]:
+    sock = listen("127.0.0.1", 0)
+    client = EngineClient(engine)
+    server = Server(client, ByteTokenizer(), "fake", **options)
+    http = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, lifespan="off"))
+
+    async def run() -> None:
+        await client.start()
+        await http.serve(sockets=[sock])
+        await client.close()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=20) as session:
+            wait_for(lambda: client.ready is not None or client.error != "")
+            yield Live(url, engine, server, session)
+    finally:
+        http.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def live() -> Iterator[Live]:
+    with live_server(FakeEngine()) as it:
+        yield it
+
+
+@pytest.fixture
+def slow() -> Iterator[Live]:
+    """Answers a token every 10 ms, as many as are asked for."""
+    with live_server(FakeEngine(lambda _: [97] * 10_000, step_seconds=0.01, max_context=20_000)) as it:
+        yield it
+
+
+@pytest.fixture
+def make_live() -> Callable[..., contextlib.AbstractContextManager[Live]]:
+    return live_server
