@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +14,15 @@ class Bytes:
     """256 one-byte tokens, one special token, then a few long ones that cut through characters and words."""
 
     special_ids = frozenset({SPECIAL})
-    table = (*(bytes([b]) for b in range(256)), b"<end>", b"ab", "né".encode()[:2], "😀".encode()[1:], b"\xa9a", b"bcab")
+    table = (
+        *(bytes([b]) for b in range(256)),
+        b"<end>",
+        b"ab",
+        "né".encode()[:2],
+        "😀".encode()[1:],
+        b"\xa9a",
+        b"bcab",
+    )
 
     def token_bytes(self, token: int) -> bytes:
         return self.table[token]
@@ -98,11 +103,7 @@ def test_special_tokens_and_broken_characters() -> None:
     assert (hidden.push(ids), hidden.finish()) == ("a", "\ufffd")
 
 
-@pytest.mark.parametrize("size", [1000, 20000])
-def test_held_text_stays_short(size: int) -> None:
-    """A long stop string that nearly matches for ever costs no growing copy: only its prefix is held."""
+def test_a_near_match_for_ever_holds_only_its_length() -> None:
     detokenizer = Detokenizer(Bytes(), ["a" * 50 + "b"])
-    rng = random.Random(3)
-    given_out = "".join(detokenizer.push([97] * rng.randint(1, 5)) for _ in range(size))
-    assert len(given_out) > 2 * size
-    assert detokenizer.finish() == "a" * 50
+    given_out = "".join(detokenizer.push([97] * (1 + n % 5)) for n in range(1000))
+    assert (given_out, detokenizer.finish()) == ("a" * 2950, "a" * 50)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.protocol import Backend, Compiled, KV, Limits, Params
+from polyradix.backend.protocol import KV, Backend, Compiled, Limits, Params
 from polyradix.backend.registry import open_backend
 from polyradix.graph.checkpoint import load_params, open_checkpoint
 from polyradix.graph.dense import make_step
