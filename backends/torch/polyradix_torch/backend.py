@@ -1,0 +1,131 @@
+"""A Backend over plain torch. A vendor package subclasses it: capabilities, memory, and what it has that is faster."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import Capabilities
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    Compiled,
+    HostArray,
+    KVSpec,
+    Limits,
+    LogProbs,
+    Memory,
+    Meta,
+    Ops,
+    Params,
+    ParamSpec,
+    Reader,
+    Step,
+    Weight,
+)
+from polyradix.backend.sampling import sample_host
+from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
+from polyradix_torch.ops import Linear, TorchMeta
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+class TorchBackend(ABC):
+    """Eager torch on one device. KV: per layer a pair of tensors [pages, page_size, kv_heads, head_dim]."""
+
+    def __init__(self, caps: Capabilities, ops: Ops, device: str) -> None:
+        self.caps, self.ops, self.device = caps, ops, device
+
+    @abstractmethod
+    def memory(self) -> Memory: ...
+
+    def _linear(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        """A packed linear or logits weight."""
+        return Linear(weight, bias)
+
+    def pack(self, spec: ParamSpec, read: Reader) -> Weight:
+        torch_dtype(spec.dtype)
+        weight = to_torch(read(), self.device)
+        if spec.kind in ("linear", "linear_reduce", "logits"):
+            return self._linear(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
+        return weight.float() if spec.kind == "norm" else weight
+
+    def kv_page_bytes(self, spec: KVSpec) -> int:
+        return 2 * spec.layers * spec.page_size * spec.kv_heads * spec.head_dim * DTYPE_BYTES[spec.dtype]
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        shape = (pages, spec.page_size, spec.kv_heads, spec.head_dim)
+        dtype = torch_dtype(spec.dtype)
+        return [tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv") for _ in range(spec.layers)]
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
+        with torch.inference_mode():
+            tokens = self._index(batch.tokens)
+            if prev is not None:
+                source = self._index(batch.from_prev)
+                tokens = torch.where(source >= 0, prev[source.clamp(min=0)].long(), tokens)
+            elif (batch.from_prev >= 0).any():
+                raise ValueError("from_prev names rows of the previous samples, but prev is None")
+            return TorchMeta(
+                tokens=tokens,
+                positions=self._index(batch.positions),
+                slots=self._index(batch.slots),
+                last=self._index(batch.last),
+                pages=self._index(batch.pages),
+                rows=batch.cu_q.tolist(),
+                kv_len=batch.kv_len.tolist(),
+            )
+
+    def _index(self, x: HostArray) -> torch.Tensor:
+        return torch.from_numpy(x.astype(np.int64)).to(self.device)
+
+    def compile(self, step: Step, limits: Limits) -> Compiled:
+        ops = self.ops
+
+        def run(params: Params, kv: KV, meta: Meta) -> tuple[Array, KV]:
+            with torch.inference_mode():
+                return step(ops, params, kv, meta)
+
+        return run
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        with torch.inference_mode():
+            if batch.greedy and batch.mask is None:
+                return logits.argmax(-1).int()
+            return torch.from_numpy(sample_host(logits.cpu().numpy(), batch)).to(self.device)
+
+    def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs:
+        with torch.inference_mode():
+            logs = logits.log_softmax(-1)
+            values, ids = logs.topk(top, dim=-1)
+            return LogProbs(logs.gather(1, tokens.long()[:, None])[:, 0], ids.int(), values)
+
+    def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
+        with torch.inference_mode():
+            for cache in _tensors(kv):
+                cache[list(dst)] = cache[list(src)]
+        return kv
+
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
+        with torch.inference_mode():
+            k, v = (torch.stack([layer[part][list(pages)] for layer in kv]) for part in (0, 1))
+            return done(to_numpy(torch.stack([k, v])))
+
+    def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
+        with torch.inference_mode():
+            for layer, parts in zip(kv, to_torch(data, self.device).transpose(0, 1), strict=True):
+                for cache, part in zip(layer, parts, strict=True):
+                    cache[list(pages)] = part
+        return kv
+
+    def fetch(self, x: Array) -> Future[HostArray]:
+        return done(to_numpy(x))
+
+
+def _tensors(kv: KV) -> list[torch.Tensor]:
+    return [cache for layer in kv for cache in layer]

@@ -1,0 +1,45 @@
+"""Between NumPy and torch, bfloat16 included (ml_dtypes' on the NumPy side)."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.protocol import HostArray
+
+T = TypeVar("T")
+
+
+def torch_dtype(name: str) -> Any:
+    """The torch dtype of a contract dtype. Raises Unsupported for any other name."""
+    if name not in ("float32", "bfloat16"):
+        raise Unsupported(f"dtype {name}", "expected float32 or bfloat16")
+    return getattr(torch, name)
+
+
+def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
+    """A copy on `device` that shares no memory with `x`, of the same shape and dtype."""
+    own = np.array(x, order="C")
+    if own.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16).to(device)
+    return torch.from_numpy(own).to(device)
+
+
+def to_numpy(x: torch.Tensor) -> HostArray:
+    """The values of `x` on the host; shares memory with a tensor that is there already."""
+    host = x.detach().cpu().contiguous()
+    if host.dtype == torch.bfloat16:
+        return np.asarray(host.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    return np.asarray(host.numpy())
+
+
+def done(value: T) -> Future[T]:
+    """A future that holds `value` already."""
+    future: Future[T] = Future()
+    future.set_result(value)
+    return future

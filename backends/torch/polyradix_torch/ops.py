@@ -1,0 +1,169 @@
+"""The contract's verbs in plain torch, for any device torch runs on.
+
+A token's bits do not depend on its batch as long as `Linear` keeps that promise for its rows: everything else here is
+computed per row, or in shapes that depend on nothing but a token's position. Two places need care for it:
+
+* Attention works on tiles of TILE positions, aligned at multiples of TILE in the sequence, wherever the chunk began.
+  Rows of a tile that the batch lacks are zeros. So a given position always meets the same shapes of q, k and v.
+* `gated` takes rows in groups below the size at which torch splits an elementwise call over threads, because a split
+  in mid-row moves elements between the vector and the scalar form of exp, and those round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from polyradix.backend.expand import Expansions
+from polyradix.backend.protocol import AttnSpec, Heads
+
+TILE = 4  # decode computes TILE rows for one, prefill makes one call per TILE tokens: measured as the best balance
+SERIAL = 32768  # torch's own grain size: elementwise calls of up to so many elements stay on one thread
+
+
+class Linear:
+    """[T,in] -> [T,out] in the dtype of the weight, bias included."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+@dataclass
+class TorchMeta:
+    """One batch on the device. Index tensors are int64, as torch wants them."""
+
+    tokens: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    last: torch.Tensor  # [S]
+    pages: torch.Tensor  # [S,P]
+    rows: list[int]  # [S+1] cu_q
+    kv_len: list[int]  # [S]
+    rope: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # cos, sin [T,1,D/2] by table
+
+
+Attend = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor], TorchMeta, AttnSpec], torch.Tensor]
+
+
+class TorchOps(Expansions):
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place.
+
+    `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D].
+    """
+
+    def __init__(self, read: Attend | None = None) -> None:
+        self._read = read or attend_tiles
+
+    def embed(self, w: torch.Tensor, m: TorchMeta) -> torch.Tensor:
+        return w[m.tokens]
+
+    def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x).to(x.dtype)
+
+    def linear_reduce(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x).to(x.dtype)
+
+    def qkv(self, x: torch.Tensor, w: Linear, heads: Heads) -> tuple[torch.Tensor, ...]:
+        parts = self.linear(x, w).view(len(x), heads.q + 2 * heads.kv, heads.dim)
+        return tuple(parts.split([heads.q, heads.kv, heads.kv], dim=1))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x + y).to(x.dtype)
+
+    def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        return (wide * scale * w).to(x.dtype)
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, m: TorchMeta
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if id(table) not in m.rope:
+            cos, sin = table[m.positions].unsqueeze(1).chunk(2, dim=-1)
+            m.rope[id(table)] = cos, sin
+        cos, sin = m.rope[id(table)]
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
+        for cache, new in zip(kv, (k, v), strict=True):
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, m.slots, new)
+        return self._read(q, kv, m, a), kv
+
+    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
+        width = x.shape[-1] // 2
+        return torch.cat([_gated(rows, width) for rows in x.split(max(1, SERIAL // width))])
+
+    def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
+        return x[m.last]
+
+    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x).float()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _gated(x: torch.Tensor, width: int) -> torch.Tensor:
+    gate, up = x.float().clone().split(width, dim=-1)
+    return F.silu(gate, inplace=True).mul_(up).to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def attend_tiles(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], m: TorchMeta, a: AttnSpec) -> torch.Tensor:
+    """Attention of all sequences over the paged cache: q [T,Hq,D] -> [T,Hq*D], in float32 inside."""
+    page_size = kv[0].shape[1]
+    out = torch.empty_like(q)
+    for s, length in enumerate(m.kv_len):
+        pages = m.pages[s, : -(-length // page_size)]
+        k, v = (_gather(cache, pages, length) for cache in kv)
+        rows = slice(m.rows[s], m.rows[s + 1])
+        out[rows] = _sequence(q[rows], k, v, length, a)
+    return out.flatten(1)
+
+
+def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
+    """[kv_heads, tokens rounded up to whole tiles, D] float32; zeros from `length` on, where a page holds anything."""
+    tokens = cache[pages].flatten(0, 1)
+    whole = -(-length // TILE) * TILE
+    if whole > len(tokens):
+        tokens = F.pad(tokens, (0, 0, 0, 0, 0, whole - len(tokens)))
+    tokens[length:whole] = 0
+    return tokens[:whole].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, a: AttnSpec) -> torch.Tensor:
+    """The newest len(q) tokens of one sequence of `length`: q [n,Hq,D], k and v [Hkv,L,D] -> [n,Hq,D]."""
+    n, group, dim = len(q), a.heads.q // a.heads.kv, a.heads.dim
+    start = length - n
+    first, ahead = start // TILE, start % TILE
+    tiles = -(-length // TILE) - first
+    padded = q.new_zeros(tiles * TILE, *q.shape[1:], dtype=torch.float32)
+    padded[ahead : ahead + n] = q
+    folded = padded.view(tiles, TILE, a.heads.kv, group, dim).permute(0, 2, 3, 1, 4)
+    folded = folded.reshape(tiles, a.heads.kv, group * TILE, dim)
+    parts = [_tile(folded[i], k, v, (first + i) * TILE, a) for i in range(tiles)]
+    out = torch.stack(parts).view(tiles, a.heads.kv, group, TILE, dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(tiles * TILE, a.heads.q, dim)[ahead : ahead + n]
+
+
+def _tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, a: AttnSpec) -> torch.Tensor:
+    """Positions start..start+TILE: q [Hkv, group*TILE, D] -> the same shape. Reads keys up to its own end only."""
+    stop = start + TILE
+    begin = 0 if a.window is None else max(0, start - a.window + 1)
+    scores = torch.bmm(q, k[:, begin:stop].transpose(1, 2)).mul_(a.scale)
+    if a.softcap is not None:
+        scores.div_(a.softcap).tanh_().mul_(a.softcap)
+    hidden = torch.ones(TILE, stop - begin, dtype=torch.bool, device=q.device)
+    future = hidden.triu(start - begin + 1)
+    if a.window is not None:
+        future |= hidden.tril(start - begin - a.window)
+    scores.view(len(q), -1, TILE, stop - begin).masked_fill_(future, float("-inf"))
+    return torch.bmm(scores.softmax(-1), v[:, begin:stop])
