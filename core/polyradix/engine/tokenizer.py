@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner, self._template, self._named, self._bos = inner, template, dict(named or {}), bos
-        added = inner.get_added_tokens_decoder()
+        added, spelled = inner.get_added_tokens_decoder(), _spelling(inner)
+        self._bytes = {i: spelled(token) for token, i in inner.get_vocab(with_added_tokens=False).items()}
+        self._bytes |= {i: token.content.encode() for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         turn_ends = [
             i for i, token in added.items() if token.content in TURN_ENDS and token.content in (template or "")
@@ -85,16 +87,9 @@ class Tokenizer:
             raise ChatTemplateError("this model has no chat template; send a prompt to the completions API instead")
         return compile_template(self._template)
 
-    @cached_property
-    def _bytes(self) -> dict[int, bytes]:
-        convert = _converter(self._inner)
-        table = {i: convert(token) for token, i in self._inner.get_vocab(with_added_tokens=False).items()}
-        added = self._inner.get_added_tokens_decoder()
-        return table | {i: token.content.encode() for i, token in added.items()}
 
-
-def _converter(inner: tokenizers.Tokenizer) -> Any:
-    """How this vocabulary spells bytes: str -> bytes."""
+def _spelling(inner: tokenizers.Tokenizer) -> Callable[[str], bytes]:
+    """From a token as the vocabulary writes it to its bytes."""
     decoder = inner.decoder.__getstate__().decode() if inner.decoder else "none"
     if "ByteLevel" in decoder:
         return _from_byte_level

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,7 +42,7 @@ def expected(ids: list[int], stop: list[str], include: bool = False) -> str:
 def stream(ids: list[int], cuts: list[int], stop: list[str], include: bool = False) -> tuple[list[str], Detokenizer]:
     detokenizer = Detokenizer(Bytes(), stop, include_stop=include)
     bounds = [0, *sorted(cuts), len(ids)]
-    parts = [detokenizer.push(ids[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [detokenizer.push(ids[a:b]) for a, b in pairwise(bounds)]
     return [*parts, detokenizer.finish()], detokenizer
 
 

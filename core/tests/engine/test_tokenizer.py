@@ -1,4 +1,4 @@
-"""Tokenizers from files and from GGUF metadata; the `tokenizers` library and hand-made vocabularies are the reference."""
+"""Tokenizers from files and from GGUF; the `tokenizers` library and hand-made vocabularies are the reference."""
 
 from __future__ import annotations
 
@@ -59,7 +59,13 @@ def folder(path: Path, inner: tokenizers.Tokenizer, config: dict[str, Any] | Non
 
 
 def checkpoint(**fields: Any) -> Checkpoint:
-    base = {"source": "m", "config": {"eos_token_id": 1}, "names": frozenset(), "read": None, "where": str}
+    base: dict[str, Any] = {
+        "source": "m",
+        "config": {"eos_token_id": 1},
+        "names": frozenset(),
+        "read": None,
+        "where": str,
+    }
     return Checkpoint(**{**base, **fields})
 
 
@@ -169,7 +175,7 @@ def test_dummy_has_a_token_per_byte(tmp_path: Path) -> None:
     assert ours.decode(range(97, 100)) == "abc"
 
 
-def gguf(pre: str, pieces: list[str], merges: list[str], **more: Any) -> Tokenizer:
+def gguf(pre: str, pieces: list[str], merges: list[str], /, **more: Any) -> Tokenizer:
     """A GGUF vocabulary: one control token, `pieces`, then the byte alphabet."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|im_end|>", *pieces, *(a for a in alphabet if a not in pieces)]

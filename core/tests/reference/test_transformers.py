@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,6 @@ def test_chunked_prefill_and_shards(backend: Backend, tmp_path: Path) -> None:
 
 
 def test_old_spelling_of_rope(backend: Backend, tmp_path: Path) -> None:
-    import json
-
     model = save_tiny("Llama", {"rope_parameters": LLAMA3}, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
@@ -101,7 +100,7 @@ def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -
     return model
 
 
-def reference(model: Any, ids: list[int]) -> np.ndarray:
+def reference(model: Any, ids: list[int]) -> Any:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].float().numpy()
 
@@ -121,7 +120,7 @@ class Runner:
         self.kv: KV = backend.alloc_kv(spec.kv_spec(PAGE, "float32"), max(PAGES) + 1)
         self.step: Compiled = backend.compile(make_step(spec), Limits(64, 1, 64))
 
-    def __call__(self, ids: list[int], start: int) -> np.ndarray:
+    def __call__(self, ids: list[int], start: int) -> Any:
         """Logits [V] after the last of `ids`, whose first has position `start`."""
         n, positions = len(ids), range(start, start + len(ids))
         slots = [PAGES[p // PAGE] * PAGE + p % PAGE for p in positions]
