@@ -30,7 +30,7 @@ SPEC = ModelSpec(
 
 
 class Model:
-    """Feeds sequences chunk by chunk; each owns its pages. `feed` returns logits [S,V] float32 of each one's last token."""
+    """Feeds sequences chunk by chunk; each owns its pages."""
 
     def __init__(self, dtype: str, backend=None) -> None:
         self.backend = backend or entry.create()
@@ -44,9 +44,8 @@ class Model:
             return self.backend.pack(spec, lambda part="weight": parts[part].astype(KINDS[spec.dtype]))
 
         table = param_specs(SPEC, dtype, CONTEXT)
-        self.params = Params(
-            {p.name: pack(p) for p in table.top}, [{p.name: pack(p) for p in ps} for ps in table.layers]
-        )
+        layers = [{p.name: pack(p) for p in specs} for specs in table.layers]
+        self.params = Params({p.name: pack(p) for p in table.top}, layers)
         self.kv = self.backend.alloc_kv(SPEC.kv_spec(PAGE, dtype), PAGES)
         self.run = self.backend.compile(make_step(SPEC), Limits(256, 16, CONTEXT))
         self.done: dict[str, int] = {}
@@ -54,6 +53,7 @@ class Model:
         self.free = list(np.random.default_rng(5).permutation(np.arange(1, PAGES)))
 
     def feed(self, chunks: dict[str, np.ndarray]) -> np.ndarray:
+        """Logits [S,V] float32 of each sequence's last token."""
         positions, slots = [], []
         for name, tokens in chunks.items():
             start = self.done.get(name, 0)

@@ -6,6 +6,8 @@ from polyradix.backend.protocol import Memory
 from polyradix_cpu import host
 
 MIB = 2**20
+MEMINFO = {"proc/meminfo": "MemTotal: 16384 kB\nMemFree: 1 kB\nMemAvailable: 8192 kB\n"}
+FLAGS = "flags\t\t: fpu avx2 avx512f amx_tile"
 
 
 @pytest.fixture
@@ -57,11 +59,7 @@ def test_without_proc_the_system_is_asked(tmp_path):
 
 
 def test_processor(machine):
-    root = machine(
-        {
-            "proc/cpuinfo": "processor : 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f amx_tile\n\nmodel name : B\n"
-        }
-    )
+    root = machine({"proc/cpuinfo": f"processor : 0\nmodel name\t: Some CPU\n{FLAGS}\n\nmodel name : B\n"})
     assert host.processor(root) == ("Some CPU", ("avx2", "avx512f", "amx_tile"))
 
 
