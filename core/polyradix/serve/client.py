@@ -153,7 +153,7 @@ class EngineClient:
         self._settled = asyncio.get_running_loop().create_future()
         self._folder = tempfile.mkdtemp(prefix="px-")
         self._context = zmq.asyncio.Context()
-        self._push = zmq.Context(self._context).socket(zmq.PUSH)
+        self._push = self._context.socket(zmq.PUSH)
         self._pull = self._context.socket(zmq.PULL)
         to_engine, from_engine = f"ipc://{self._folder}/to", f"ipc://{self._folder}/from"
         for socket, endpoint in ((self._push, to_engine), (self._pull, from_engine)):
@@ -200,7 +200,7 @@ class EngineClient:
             self._send(Abort(rid))
 
     def _send(self, message: ToEngine) -> None:
-        self._push.send(self._encoder.encode(message), zmq.NOBLOCK)
+        self._push.send(self._encoder.encode(message))  # goes out at once, or in order once the engine is connected
 
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)

@@ -57,7 +57,8 @@ def prompt_of(submit: Submit) -> list[int]:
 
 
 class FakeEngine:
-    """A Worker. `submits` and `aborts` are what it saw; `failure` makes it fail instead of getting ready."""
+    """A Worker. `submits` and `aborts` are what it saw; `failure` makes it fail instead of getting ready,
+    `refuse` makes it refuse every request."""
 
     def __init__(
         self,
@@ -66,13 +67,15 @@ class FakeEngine:
         step_seconds: float = 0.0,
         max_context: int = 256,
         failure: str = "",
+        refuse: str = "",
     ) -> None:
         self.submits: list[Submit] = []
         self.aborts: list[str] = []
         self.flushes = 0
-        self._answer, self._step_seconds, self._failure = answer, step_seconds, failure
+        self._answer, self._step_seconds, self._failure, self._refuse = answer, step_seconds, failure, refuse
         self._max_context = max_context
         self._running: dict[str, tuple[Submit, list[int], int]] = {}
+        self._cached: set[str] = set()
         self._stop = threading.Event()
 
     def start(self, to_engine: str, from_engine: str, on_exit: Callable[[str], None]) -> None:
@@ -120,6 +123,8 @@ class FakeEngine:
 
     def _take(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
+            if any(s.tokens == message.tokens for s in self.submits):
+                self._cached.add(message.rid)
             self._running[message.rid] = (message, self._answer(message), 0)
             self.submits.append(message)
         elif isinstance(message, Abort):
@@ -130,8 +135,11 @@ class FakeEngine:
 
     def _step(self, rid: str) -> Chunk:
         submit, tokens, at = self._running[rid]
+        if self._refuse:
+            del self._running[rid]
+            return Chunk(rid, [], finish="error", error=self._refuse, param="prompt")
         chunk = Chunk(rid, tokens[at : at + 1], prompt_tokens=len(submit.tokens) // 4)
-        chunk.cached_tokens = chunk.prompt_tokens if any(s.tokens == submit.tokens for s in self._before(rid)) else 0
+        chunk.cached_tokens = chunk.prompt_tokens if rid in self._cached else 0
         if chunk.tokens and chunk.tokens[0] in submit.params.stop_token_ids:
             chunk.finish, chunk.stop_token = "stop", chunk.tokens[0]
         elif at + 1 >= submit.params.max_tokens:
@@ -145,8 +153,3 @@ class FakeEngine:
         if chunk.finish is not None:
             del self._running[rid]
         return chunk
-
-    def _before(self, rid: str) -> list[Submit]:
-        """Requests that came before this one."""
-        index = next(i for i, s in enumerate(self.submits) if s.rid == rid)
-        return self.submits[:index]

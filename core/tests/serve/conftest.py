@@ -36,12 +36,15 @@ class Live:
         assert set(error) == {"message", "type", "param", "code"}
         return response.status_code, error
 
+    def wait(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "did not happen in time"
+            time.sleep(0.01)
 
-def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "did not happen in time"
-        time.sleep(0.01)
+    def metrics(self) -> dict[str, float]:
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
 
 @contextlib.contextmanager
@@ -61,18 +64,27 @@ def live_server(engine: FakeEngine, **options: Any) -> Iterator[Live]:
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=20) as session:
-            wait_for(lambda: client.ready is not None or client.error != "")
-            yield Live(url, engine, server, session)
+            it = Live(url, engine, server, session)
+            it.wait(lambda: client.ready is not None or client.error != "")
+            yield it
     finally:
         http.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
 
 
-@pytest.fixture
-def live() -> Iterator[Live]:
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Live]:
     with live_server(FakeEngine()) as it:
         yield it
+
+
+@pytest.fixture
+def live(shared: Live) -> Live:
+    """One server for the tests of a file, with nothing to remember. The answer is the prompt."""
+    shared.engine.submits.clear()
+    shared.engine.aborts.clear()
+    return shared
 
 
 @pytest.fixture
