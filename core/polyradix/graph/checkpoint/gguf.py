@@ -91,7 +91,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: starts with {bytes(data[:4])!r}; expected b'GGUF'")
     try:
         meta, tensors = _header(_Cursor(data))
-    except (struct.error, KeyError, ValueError, OverflowError, MemoryError) as e:
+    except (struct.error, KeyError, ValueError, ArithmeticError, MemoryError) as e:
         raise CheckpointError(f"{path}: broken GGUF header: {e}") from e
     for name, t in tensors.items():
         if t.offset + t.nbytes > len(data):

@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from polyradix.backend.protocol import Backend, DType, HostArray, Params, ParamSpec, Weight
 from polyradix.graph.checkpoint.base import Checkpoint
-from polyradix.graph.dense import param_specs, sources
+from polyradix.graph.dense import param_specs, sources, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
 
 NUMPY_DTYPES: dict[DType, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed here; a copy of the embeddings if they are tied
 
 
 def load_params(
@@ -28,6 +29,7 @@ def load_params(
     progress: bool = True,
 ) -> Params:
     """Packs every parameter. Raises CheckpointError naming the file and tensor at fault. The bar goes to stderr."""
+    _compare_names(checkpoint, spec)
     table = param_specs(spec, dtype, max_context)
     total = len(table.top) + sum(map(len, table.layers))
     with tqdm(total=total, desc="Loading weights", unit="param", disable=not progress, mininterval=0.2) as bar:
@@ -40,6 +42,17 @@ def load_params(
             return out
 
         return Params(pack(table.top, None), [pack(params, i) for i, params in enumerate(table.layers)])
+
+
+def _compare_names(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """Before anything is read: what the config promises is there, and nothing that would silently be left out."""
+    wanted = tensor_shapes(spec)
+    missing = [name for name in wanted if name.endswith(".weight") and name not in checkpoint.names]
+    if missing:
+        raise CheckpointError(f"{checkpoint.source}: no tensor {missing[0]} ({len(missing)} missing)")
+    unused = [name for name in checkpoint.names if name not in wanted and not name.endswith(_HARMLESS)]
+    if unused:
+        raise CheckpointError(f"{checkpoint.where(unused[0])}: tensor {unused[0]} has no place in {spec.architecture}")
 
 
 class _Read:

@@ -1,0 +1,157 @@
+"""Configs in every spelling, and every mistake with the field's name in the message."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from polyradix.backend.protocol import Heads, KVSpec
+from polyradix.graph.errors import ModelError
+from polyradix.graph.rope import Rope
+from polyradix.graph.spec import ARCHITECTURES, ModelSpec
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+SCALED = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 128)
+
+
+def spec(**changes: Any) -> ModelSpec:
+    return ModelSpec.from_hf_config({**LLAMA, **changes})
+
+
+def family(name: str, **changes: Any) -> ModelSpec:
+    return spec(architectures=[f"{name}ForCausalLM"], **changes)
+
+
+def test_defaults() -> None:
+    got = spec()
+    assert got == ModelSpec("LlamaForCausalLM", 2, 64, 96, Heads(4, 4, 16), 100, 512, 1e-6, Rope(10000.0))
+    assert got.kv_spec(16, "float32") == KVSpec(2, 4, 16, 16, "float32")
+    assert got.needs("bfloat16").features == frozenset()
+
+
+def test_null_counts_as_absent() -> None:
+    assert spec(head_dim=None, rope_scaling=None, num_key_value_heads=None) == spec()
+    assert spec(head_dim=32).heads == Heads(4, 4, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ({"rope_theta": 5e5}, Rope(5e5)),
+        ({"rope_theta": 500000}, Rope(5e5)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, Rope(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, Rope(5e5, "linear", 2.0)),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}}, Rope(5e5, "linear", 2.0)),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, SCALED),
+        ({"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}, SCALED),
+    ],
+)
+def test_both_spellings_of_rope(given: dict[str, Any], want: Rope) -> None:
+    assert spec(**given).rope == want
+
+
+def test_biases_and_norms() -> None:
+    assert (family("Qwen2").qkv_bias, family("Qwen2").o_bias, family("Qwen2").mlp_bias) == (True, False, False)
+    biased = spec(attention_bias=True, mlp_bias=True)
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, True)
+    assert (family("Qwen3").qk_norm, family("Qwen3").heads.dim, spec().qk_norm) == (True, 128, False)
+    assert family("Qwen2").needs("float32").features == {"bias"}
+    assert family("Qwen3").needs("float32").features == {"qk_norm"}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "want"),
+    [
+        ("Mistral", {"sliding_window": 32}, 32),
+        ("Mistral", {"sliding_window": None}, None),
+        ("Mistral", {}, None),
+        ("Llama", {"sliding_window": 32}, None),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 0}, None),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}, 32),
+        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ("Qwen3", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 32),
+    ],
+)
+def test_windows(name: str, given: dict[str, Any], want: int | None) -> None:
+    got = family(name, **given)
+    assert got.window == want
+    assert ("window" in got.needs("float32").features) == (want is not None)
+
+
+def test_eos_ids_are_joined() -> None:
+    assert ModelSpec.from_hf_config({**LLAMA, "eos_token_id": 2}, {"eos_token_id": [7, 2]}).eos_ids == (2, 7)
+    assert ModelSpec.from_hf_config({**LLAMA, "eos_token_id": None}, {}).eos_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, "bfloat16"), ({"torch_dtype": "float16"}, "bfloat16"), ({"dtype": "float32"}, "float32")]
+)
+def test_dtype(given: dict[str, Any], want: str) -> None:
+    assert spec(**given).dtype == want
+
+
+@pytest.mark.parametrize("field", [name for name in LLAMA if name != "architectures"])
+@pytest.mark.parametrize("value", [None, 0, -3, 1.5, "8", True, [1]])
+def test_numbers_must_be_counts(field: str, value: object) -> None:
+    with pytest.raises(ModelError, match=f"{field} is .*; expected an integer"):
+        spec(**{field: value})
+
+
+@pytest.mark.parametrize("value", [None, [], "LlamaForCausalLM", ["GPT2LMHeadModel"], ["LlamaForCausalLM"] * 2])
+def test_unknown_architectures_list_the_known(value: object) -> None:
+    with pytest.raises(ModelError) as error:
+        spec(architectures=value)
+    assert all(name in str(error.value) for name in (*ARCHITECTURES, repr(value)))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"num_key_value_heads": 3}, r"num_key_value_heads is 3; expected a divisor of num_attention_heads \(4\)"),
+        ({"head_dim": 15}, "head_dim is 15; expected an even number"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0; expected a number above 0"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; expected a number"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan; expected a number above 0"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4}},
+            "rope_type is 'yarn'; expected one of default, linear",
+        ),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.rope_type is 'dynamic'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; expected a number"),
+        ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; expected an object"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor is 1; expected"),
+        ({"rope_parameters": {"freq_factors": [1.0]}}, "freq_factors is .*; expected 8 numbers"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1.0"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is .*; expected none"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
+        ({"torch_dtype": "float64"}, "torch_dtype is 'float64'; expected one of float32"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id is .*; expected token ids"),
+    ],
+)
+def test_mistakes_name_the_field(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        spec(**given)
+
+
+def test_mixed_windows_are_refused() -> None:
+    with pytest.raises(ModelError, match="sliding_window 8 holds in some layers only"):
+        family("Qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ModelError, match="layer_types is"):
+        family("Qwen3", sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention"])
