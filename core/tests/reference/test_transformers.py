@@ -12,7 +12,8 @@ import pytest
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import KV, Backend, Compiled, Limits, Params
 from polyradix.backend.registry import open_backend
-from polyradix.graph.checkpoint import load_params, open_checkpoint
+from polyradix.engine.tokenizer import load_tokenizer
+from polyradix.graph.checkpoint import fetch_demo, load_params, open_checkpoint
 from polyradix.graph.dense import make_step
 from polyradix.graph.spec import ModelSpec
 
@@ -128,3 +129,18 @@ class Runner:
         batch = HostBatch(*(np.array(c, np.int32) for c in columns))
         logits, self.kv = self.step(self.params, self.kv, self.backend.prepare(batch))
         return self.backend.fetch(logits).result()[0]
+
+
+def test_demo_model(backend: Backend) -> None:
+    """The real weights: Q4_1 and Q8_0 dequantised, rope rows put back, against transformers' own reader of the file."""
+    pytest.importorskip("accelerate")
+    path = fetch_demo()
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokenizer = load_tokenizer(open_checkpoint(str(path)))
+    prompt = tokenizer.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
+    ids = tokenizer.encode(prompt, add_special=False)
+    run = Runner(backend, str(path))
+    want = reference(model, ids)
+    assert_close(run(ids[:-2], 0), want[-3])
+    assert_close(run(ids[-2:-1], len(ids) - 2), want[-2])
+    assert_close(run(ids[-1:], len(ids) - 1), want[-1])
