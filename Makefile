@@ -1,0 +1,85 @@
+# `make serve` sets up and serves the demo model; `make test` sets up and passes every test.
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+# Where the build of torch without GPU libraries is, if the package index in use does not have it.
+TORCH_PIP_ARGS ?= --extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15
+MODEL ?= demo
+HOST ?= 127.0.0.1
+PORT ?= 30000
+ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help serve test checks tests-core tests bench clean
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+CORE := .venv-core/bin
+PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu conformance/polyradix_conformance
+SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
+NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
+pytest = PYTHONPATH=ci $(1)/python -m pytest -p strict
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:
+	@echo "make serve   set up and serve the demo model at http://$(HOST):$(PORT) (MODEL=, HOST=, PORT=, ARGS=)"
+	@echo "make test    set up and run every check and test"
+	@echo "make bench   measure this engine, and the peers that are installed (ARGS=)"
+	@echo "make clean   remove what the others made"
+
+serve: .venv/served
+	$(BIN)/polyradix serve --model $(MODEL) --device cpu --host $(HOST) --port $(PORT) $(ARGS)
+
+test: checks tests-core tests
+
+checks: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(PACKAGES) ci/gates.py ci/strict.py
+	$(BIN)/lint-imports
+	$(BIN)/python ci/gates.py
+
+tests-core: .venv-core/tested
+	$(CORE)/python ci/gates.py --bare
+	$(call pytest,$(CORE)) core/tests --ignore=core/tests/reference
+
+tests: .venv/tested
+	$(call pytest,$(BIN)) ci/tests core/tests/reference backends/torch/tests backends/cpu/tests conformance/tests
+	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*'
+
+bench: .venv/served
+	$(BIN)/python bench/cpu.py $(ARGS)
+
+clean:
+	rm -rf .venv .venv-core .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf backends/cpu/polyradix_cpu/native/*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -prune -exec rm -rf {} +
+
+# A plain `torch` from PyPI brings gigabytes of GPU libraries on Linux, so the CPU build is tried first, by its full version.
+.venv/installed: $(SETUP) $(NATIVE)
+	$(call venv,.venv)
+	$(BIN)/pip install -q 'torch==$(TORCH_VERSION)+cpu' 2>/dev/null \
+	  || $(BIN)/pip install -q 'torch==$(TORCH_VERSION)+cpu' $(TORCH_PIP_ARGS) \
+	  || $(BIN)/pip install -q 'torch==$(TORCH_VERSION)'
+	$(BIN)/pip install -q -e core -e backends/torch -e backends/cpu
+	touch $@
+
+.venv/served: .venv/installed
+	$(BIN)/python -c 'from polyradix.graph.checkpoint import fetch_demo; print(fetch_demo())'
+	touch $@
+
+.venv/tested: .venv/installed
+	$(BIN)/pip install -q -e core -e conformance -r ci/requirements-test.txt
+	touch $@
+
+.venv-core/tested: $(SETUP)
+	$(call venv,.venv-core)
+	$(CORE)/pip install -q -e core -r ci/requirements-core.txt
+	touch $@
+
+define venv
+$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Polyradix needs Python 3.11 or newer")'
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+endef
