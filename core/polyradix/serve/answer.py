@@ -231,8 +231,9 @@ class GenerateForm:
                 TokenLogProbs(max(e.logprob, LEAST), [(t, max(v, LEAST)) for t, v in e.top])
                 for _, e in _join(pieces)[1]
             ]
-        counts = usage(len(choice.prompt), choice.output_tokens, choice.cached_tokens)
-        return Generated(choice.rid, tokens, logprobs, choice.finish, counts)
+        finish = pieces[-1].finish
+        counts = usage(len(choice.prompt), choice.output_tokens, choice.cached_tokens) if finish is not None else None
+        return Generated(choice.rid, tokens, logprobs, finish, counts)
 
 
 def _join(pieces: list[Piece]) -> tuple[str, list[tuple[int, TokenLogProbs]]]:

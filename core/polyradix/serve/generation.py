@@ -130,7 +130,7 @@ class Generation:
         except EngineDead as error:
             raise _dead(error) from None
         pieces: list[tuple[Choice, Piece]] = []
-        for chunk in chunks:
+        for chunk in _merge(chunks):
             choice = self._by_rid[chunk.rid]
             if choice.finish is None:
                 piece = choice.push(chunk)
@@ -145,8 +145,9 @@ class Generation:
         last = self._last.get(choice.rid)
         if last is None:
             self._metrics.first_token.observe(now - self._started)
-        elif tokens:
-            self._metrics.inter_token.observe((now - last) / tokens)
+        else:
+            for _ in range(tokens):
+                self._metrics.inter_token.observe((now - last) / tokens)
         self._last[choice.rid] = now
 
     def counts(self) -> tuple[int, int, int]:
@@ -157,6 +158,20 @@ class Generation:
             sum(c.output_tokens for c in self.choices),
             sum(c.cached_tokens for c in prompts),
         )
+
+
+def _merge(chunks: list[Chunk]) -> list[Chunk]:
+    """One chunk a request: a client that reads slowly gets more at a time. Chunks of one request are in order."""
+    merged: dict[str, Chunk] = {}
+    for chunk in chunks:
+        before = merged.get(chunk.rid)
+        if before is not None:
+            chunk.tokens = before.tokens + chunk.tokens
+            if before.logprobs is not None or chunk.logprobs is not None:
+                chunk.logprobs = (before.logprobs or []) + (chunk.logprobs or [])
+            chunk.cached_tokens = max(before.cached_tokens, chunk.cached_tokens)
+        merged[chunk.rid] = chunk
+    return list(merged.values())
 
 
 def _dead(error: EngineDead) -> ApiError:

@@ -99,7 +99,7 @@ class Generated(msgspec.Struct):
     output_ids: list[int]
     logprobs: list[TokenLogProbs] | None
     finish_reason: Finish | None
-    usage: Usage
+    usage: Usage | None  # in the last event
 
 
 def usage(prompt: int, completion: int, cached: int) -> Usage:

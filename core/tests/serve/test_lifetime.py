@@ -18,7 +18,7 @@ CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
 def test_hang_up_while_streaming_aborts(slow: Any, n: int) -> None:
     with slow.http.stream("POST", TEXT, json={"prompt": "x", "max_tokens": 5000, "stream": True, "n": n}) as response:
         next(response.iter_lines())
-        assert slow.engine.running == n
+        slow.wait(lambda: slow.engine.running == n)
     slow.wait(lambda: slow.engine.running == 0)
     assert sorted(slow.engine.aborts) == sorted(s.rid for s in slow.engine.submits)
     assert slow.server.client._calls == {}
@@ -52,7 +52,7 @@ def test_many_clients_half_hang_up(slow: Any) -> None:
             lines = response.iter_lines()
             if i % 2 == 0:
                 return len([next(lines) for _ in range(3)])
-            return sum(line.startswith("data: {") for line in lines)
+            return sum(len(json.loads(line[6:])["choices"][0]["text"]) for line in lines if line.startswith("data: {"))
 
     with ThreadPoolExecutor(40) as pool:
         assert list(pool.map(client, range(40))) == [3, 20] * 20
@@ -100,12 +100,14 @@ def test_native_route(live: Any) -> None:
     assert answer["usage"]["completion_tokens"] == 3
     text = live.post(NATIVE, body | {"stream": True}).text
     events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
-    assert [e["output_ids"] for e in events] == [[5], [6], [7]]
-    assert [e["finish_reason"] for e in events] == [None, None, "stop"]
+    assert [token for e in events for token in e["output_ids"]] == [5, 6, 7]
+    assert [e["finish_reason"] for e in events[:-1]] == [None] * (len(events) - 1)
+    assert events[-1]["finish_reason"] == "stop"
+    assert events[-1]["usage"]["completion_tokens"] == 3
 
 
 def test_operator_routes(make_live: Any) -> None:
-    with make_live(FakeEngine()) as live:
+    with make_live(FakeEngine(step_seconds=0.05)) as live:
         operator_routes(live)
 
 
@@ -121,7 +123,7 @@ def operator_routes(live: Any) -> None:
     assert seen['polyradix_requests_total{outcome="stop"}'] == 1
     assert seen['polyradix_errors_total{status="400"}'] == 1
     assert seen["polyradix_time_to_first_token_seconds_count"] == 1
-    assert seen["polyradix_inter_token_seconds_count"] == 3
+    assert 1 <= seen["polyradix_inter_token_seconds_count"] <= 3
     assert seen["polyradix_request_seconds_count"] == 1
     assert seen["polyradix_engine_up"] == 1
     assert seen["polyradix_engine_pages_total"] == 100

@@ -55,7 +55,6 @@ def test_stream_without_usage(live: Any, client: Any) -> None:
     body = {"prompt": "abc", "stream": True}
     lines = [line for line in live.post("/v1/completions", body).text.split("\n\n") if line]
     assert lines[-1] == "data: [DONE]"
-    assert len(lines) == 4
     assert all('"usage"' not in line for line in lines)
 
 

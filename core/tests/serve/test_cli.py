@@ -1,0 +1,107 @@
+"""The command, as a person meets it: in its own process."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "polyradix.serve.cli", *args], capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path)
+
+
+def failed(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_version() -> None:
+    assert command("--version").stdout == "polyradix 0.1.0\n"
+
+
+def test_devices() -> None:
+    lines = command("devices").stdout.splitlines()
+    assert {line.split()[0] for line in lines} >= {"null", "numpy"}
+
+
+def test_port_in_use_is_said_before_the_model_is_looked_at() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = failed(command("serve", "--model", "nonsense", "--port", str(port)))
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "in use" in error
+
+
+@pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid"])
+def test_bad_host(host: str) -> None:
+    assert f"cannot listen on {host}:0" in failed(command("serve", "--model", "x", "--host", host, "--port", "0"))
+
+
+def test_missing_model() -> None:
+    assert "no-such-folder" in failed(command("serve", "--model", "./no-such-folder", "--port", "0"))
+
+
+def test_option_out_of_range(model: str) -> None:
+    assert "max_seqs is 0" in failed(command("serve", "--model", model, "--max-seqs", "0", "--port", "0"))
+    assert command("serve", "--model", model, "--dtype", "int7").returncode == 2
+
+
+@pytest.mark.parametrize("name", ["serve", "check"])
+def test_unknown_device_lists_the_found_ones(model: str, name: str) -> None:
+    args = ("--port", "0") if name == "serve" else ()
+    error = failed(command(name, "--model", model, "--load-format", "dummy", "--device", "warp", *args))
+    assert "'warp'" in error
+    assert "numpy" in error
+    assert "null" in error
+
+
+def test_check(model: str) -> None:
+    args = ("check", "--model", model, "--load-format", "dummy", "--device", "numpy")
+    good = command(*args)
+    assert good.returncode == 0, good.stderr
+    assert "can run" in good.stdout
+    # 2 layers of (32+32)x32 qkv, 32x32 o, 3 x 64x32 mlp, 2 norms; embed and logits of 256x32, a norm; 4 bytes each
+    assert f"{4 * (2 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 64) + 2 * 256 * 32 + 32):,} bytes" in good.stdout
+    bad = command(*args, "--page-size", "7")
+    assert bad.returncode == 1
+    assert "page size 7" in bad.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("polyradix.serve.run", ["torch", "jax", "transformers"]),
+        ("polyradix.serve.cli, polyradix.engine.process", ["fastapi", "uvicorn", "starlette", "torch", "jax"]),
+    ],
+)
+def test_processes_stay_apart(module: str, forbidden: list[str]) -> None:
+    code = f"import {module}, sys; print(sorted(sys.modules.keys() & set({forbidden})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n", done.stderr

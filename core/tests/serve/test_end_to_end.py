@@ -1,0 +1,211 @@
+"""`polyradix serve` with the real engine process, a tiny model of random weights and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 256,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+class Process:
+    """A running `polyradix serve`."""
+
+    def __init__(self, model: Path, device: str, *options: str) -> None:
+        args = ["serve", "--model", str(model), "--load-format", "dummy", "--device", device, "--port", "0", *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "polyradix.serve.cli", *args, "--served-model-name", "tiny"],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.process.stderr is not None
+        self.log = ""
+        for line in self.process.stderr:
+            self.log += line
+            if "ready at" in line:
+                self.line = line
+                self.url = line.partition("ready at ")[2].partition(": ")[0]
+                return
+        raise AssertionError(self.log)
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        found = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        (pid,) = found
+        return pid
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line for line in httpx.get(self.url + "/metrics").text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        _, rest = self.process.communicate(timeout=20)
+        self.log += rest
+
+
+def wait(condition: object, seconds: float = 10) -> None:
+    assert callable(condition)
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def numpy_server(model: Path) -> Iterator[Process]:
+    process = Process(model, "numpy")
+    yield process
+    process.close()
+    assert process.process.returncode == 0
+    assert "Traceback" not in process.log
+
+
+def test_ready_line(numpy_server: Process, model: Path) -> None:
+    assert str(model) in numpy_server.line
+    assert "float32, context 512" in numpy_server.line
+
+
+def test_greedy_is_the_same_streamed_cached_and_among_others(numpy_server: Process) -> None:
+    with openai.OpenAI(base_url=numpy_server.url + "/v1", api_key="none", max_retries=0) as client:
+
+        def text(stream: bool, **options: float) -> str:
+            got = client.completions.create(
+                model="tiny", prompt="The quick brown fox jumps over the lazy dog. " * 3, max_tokens=24, stream=stream,
+                extra_body={"ignore_eos": True}, **options,
+            )  # fmt: skip
+            return "".join(c.choices[0].text for c in (got if stream else [got]))  # type: ignore[union-attr,misc,list-item]
+
+        first = text(False, temperature=0)
+        assert len(first) > 0
+        assert text(True, temperature=0) == first
+        with ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(text, bool(i % 2), temperature=0) for i in range(6)]
+            others = [pool.submit(text, True, temperature=1, seed=i) for i in range(2)]
+            assert {f.result() for f in futures} == {first}
+            assert len({f.result() for f in others}) == 2
+        assert text(False, temperature=1, seed=1) == others[1].result()
+
+
+def test_second_turn_reuses_the_first(numpy_server: Process) -> None:
+    with openai.OpenAI(base_url=numpy_server.url + "/v1", api_key="none", max_retries=0) as client:
+        messages: list[openai.types.chat.ChatCompletionMessageParam] = [
+            {"role": "user", "content": "A first question that is long enough for some pages of the cache."}
+        ]
+        first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+        messages.append({"role": "assistant", "content": "an answer"})
+        messages.append({"role": "user", "content": "and a second question"})
+        second = client.chat.completions.create(model="tiny", messages=messages, max_tokens=8, temperature=0)
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    cached = second.usage.prompt_tokens_details.cached_tokens
+    assert cached is not None
+    assert first.usage.prompt_tokens - 16 <= cached <= first.usage.prompt_tokens
+
+
+def test_two_hundred_clients_half_hanging_up(model: Path) -> None:
+    server = Process(model, "null", "--max-seqs", "32", "--kv-pages", "300")
+    try:
+
+        def client(i: int) -> int:
+            body = {"prompt": f"client {i % 7}: " * (1 + i % 5), "max_tokens": 60, "stream": True, "ignore_eos": True}
+            body |= {"stream_options": {"include_usage": True}}
+            with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+                lines = (line for line in response.iter_lines() if line.startswith("data: {"))
+                if i % 2 == 0:
+                    next(lines)
+                    return 0
+                return int(json.loads(list(lines)[-1][6:])["usage"]["completion_tokens"])
+
+        with ThreadPoolExecutor(200) as pool:
+            assert list(pool.map(client, range(200))) == [0, 60] * 100
+        wait(lambda: server.metrics()["polyradix_engine_running"] == 0)
+        seen = server.metrics()
+        assert seen["polyradix_engine_waiting"] == 0
+        assert seen["polyradix_engine_pages_used"] == 0
+        assert seen["polyradix_engine_pages_total"] == 299
+        assert seen["polyradix_engine_pages_cached"] > 0
+        assert seen['polyradix_requests_total{outcome="length"}'] >= 100
+        httpx.post(server.url + "/flush_cache").raise_for_status()
+        wait(lambda: server.metrics()["polyradix_engine_pages_cached"] == 0)
+    finally:
+        server.close()
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.log
+
+
+def test_ctrl_c_lets_running_requests_finish(model: Path) -> None:
+    server = Process(model, "numpy")
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "x", "max_tokens": 150, "ignore_eos": True}
+        answer = pool.submit(httpx.post, server.url + "/v1/completions", json=body, timeout=60)
+        wait(lambda: server.metrics()["polyradix_engine_prompt_tokens_total"] == 1)
+        engine = server.engine_pid
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert answer.result().json()["usage"]["completion_tokens"] == 150
+    server.close()
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.log
+    wait(lambda: not Path(f"/proc/{engine}").exists())
+
+
+def test_killed_engine_is_an_error_and_the_server_stays(model: Path) -> None:
+    server = Process(model, "null")
+    try:
+        os.kill(server.engine_pid, signal.SIGKILL)
+        wait(lambda: httpx.get(server.url + "/health").status_code == 503)
+        error = httpx.post(server.url + "/v1/completions", json={"prompt": "x"})
+        assert error.status_code == 503
+        assert "exit code -9" in error.json()["error"]["message"]
+    finally:
+        server.close()
+    assert server.process.returncode == 0
+
+
+def test_killed_server_takes_the_engine_along(model: Path) -> None:
+    server = Process(model, "null")
+    engine = server.engine_pid
+    server.process.kill()
+    server.close()
+    wait(lambda: not Path(f"/proc/{engine}").exists())
