@@ -232,6 +232,8 @@ def test_log_probabilities() -> None:
 
 def test_refusals_name_field_value_and_expectation() -> None:
     tiny = Tiny(entry.create(), "float32")
+    with pytest.raises(ValueError, match="from_prev names rows .* but prev is None"):
+        tiny.launch(batch_of(([1], 0, [1]), from_prev=[0]))
     with pytest.raises(ValueError, match="num_seqs 9; expected at most 8"):
         tiny.launch(batch_of(*[([1], 0, [1])] * 9))
     with pytest.raises(ValueError, match="kv_len 33; expected at most 32"):
@@ -241,7 +243,7 @@ def test_refusals_name_field_value_and_expectation() -> None:
     half: Any = "float16"
     with pytest.raises(Unsupported, match="float16"):
         tiny.backend.pack(ParamSpec("up", "linear", (3, 2), half), lambda part="weight": np.zeros((3, 2)))
-    with pytest.raises(Unsupported, match="page size 3"):
+    with pytest.raises(Unsupported, match="needs page size 3"):
         tiny.backend.alloc_kv(KVSpec(1, 2, 8, 3, "float32"), 8)
     with pytest.raises(ValueError, match="expected \\(2, 1, 1, 4, 2, 8\\)"):
         tiny.backend.import_pages(tiny.kv, [1], np.zeros((2, 1, 1, 4, 2, 7)))

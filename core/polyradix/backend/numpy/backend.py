@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
+from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
 from polyradix.backend.launch import Launcher
 from polyradix.backend.numpy.ops import Arr, LayerKV, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
@@ -76,12 +76,15 @@ class NumpyBackend:
         return per_token * spec.page_size * self._store[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        if spec.page_size not in self.caps.page_sizes:
-            raise Unsupported(f"page size {spec.page_size}", f"expected one of {self.caps.page_sizes}")
+        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
+        if reasons:
+            raise Unsupported("KV", "; ".join(map(str, reasons)))
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._store[spec.dtype]
         return [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:
+        if prev is None and (batch.from_prev >= 0).any():
+            raise ValueError("from_prev names rows of the previous samples, but prev is None")
         return NumpyMeta(batch, prev)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:

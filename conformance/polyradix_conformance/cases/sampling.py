@@ -1,0 +1,150 @@
+"""L1: sampling, the same logits and the same parameters give the same token; and log probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from polyradix.backend.batch import SampleBatch
+from polyradix.backend.protocol import Heads, Params
+from polyradix_conformance import oracle
+from polyradix_conformance.cases import case
+from polyradix_conformance.inputs import Part, Ragged, values
+from polyradix_conformance.oracle import EXACT, Arr, SampleRow
+from polyradix_conformance.rig import Mismatch, Rig, same
+from polyradix_conformance.tolerance import floor
+
+VOCAB = 203
+WORDS = -(-VOCAB // 32)
+
+
+@cache
+def table(dtype: str) -> Arr:
+    """Logits of 64 rows, with ties at the top of the first few."""
+    x = values("logits", (64, VOCAB), dtype) * 2
+    x[:4, [7, 90, 202]] = 9.0
+    return x
+
+
+def rows() -> list[SampleRow]:
+    """A grid of parameters, with seeds and positions over the whole range of 32 bits."""
+    grid = product((0.0, 0.5, 1.0), (0, 1, 7, 500), (1.0, 0.9, 0.3), (0.0, 0.05))
+    seeds = (0, -1, 12345, 2**31 - 1, -(2**31))
+    return [
+        SampleRow(t, k, p, m, seeds[n % len(seeds)] + (n if n % len(seeds) == 2 else 0), n * 37 % 4001)
+        for n, (t, k, p, m) in enumerate(grid)
+    ]
+
+
+def batch_of(picked: list[SampleRow]) -> SampleBatch:
+    mask = None
+    if picked[0].allowed is not None:
+        bits = np.zeros((len(picked), WORDS * 32), np.uint8)
+        for s, row in enumerate(picked):
+            bits[s, list(row.allowed or ())] = 1
+        mask = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    column: dict[str, Any] = {
+        name: np.array([getattr(r, name) for r in picked], np.float32 if name in FLOATS else np.int32)
+        for name in (*FLOATS, "top_k", "seed", "position")
+    }
+    return SampleBatch(**column, mask=mask)
+
+
+def greedy_batch(count: int) -> SampleBatch:
+    return batch_of([SampleRow(0.0, 0, 1.0, 0.0, 0, 0)] * count)
+
+
+FLOATS = ("temperature", "top_p", "min_p")
+
+
+class Sampler:
+    """Logits on the device, sampled."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        head = np.eye(VOCAB, 208)
+        self.x = table(rig.dtype)
+        padded = np.pad(self.x, ((0, 0), (0, 208 - VOCAB)))
+        self.params = Params({"x": rig.pack("embed", padded), "head": rig.pack("logits", head)}, [])
+
+    def logits(self, ids: list[int]) -> Any:
+        """[len(ids), V] on the device: each row is a sequence of one token."""
+        ragged = Ragged((1,) * len(ids), self.rig.page)
+        _, kv = self.rig.kv(ragged.num_pages, Heads(1, 1, 64))
+        batch = ragged.batch([Part(s, 0, 1) for s in range(len(ids))])
+        batch.tokens[:] = ids
+
+        def step(ops: Any, params: Params, kv: Any, m: Any) -> tuple[Any, Any]:
+            return ops.logits(ops.last(ops.embed(params.top["x"], m), m), params.top["head"]), kv
+
+        return self.rig.compile(step, self.params)(kv, batch)[0]
+
+    def tokens(self, ids: list[int], picked: list[SampleRow]) -> list[int]:
+        out = self.rig.backend.sample(self.logits(ids), batch_of(picked))
+        return [int(t) for t in self.rig.fetch(out, (len(ids),))]
+
+    def check(self, ids: list[int], picked: list[SampleRow]) -> list[int]:
+        got = self.tokens(ids, picked)
+        for i, row, token in zip(ids, picked, got, strict=True):
+            want = oracle.sample(self.x[i], row)
+            if token not in want:
+                raise Mismatch(f"sampled {token} from logits row {i} with {row}; expected {sorted(want)}")
+        return got
+
+
+def sample(rig: Rig) -> None:
+    sampler, grid = Sampler(rig), rows()
+    for at in range(0, len(grid), 32):
+        picked = grid[at : at + 32]
+        sampler.check([(at + n) % 64 for n in range(len(picked))], picked)
+
+
+def greedy(rig: Rig) -> None:
+    """All rows greedy, ties to the lowest id: backends have a path of their own for it."""
+    Sampler(rig).check(list(range(64)), [SampleRow(0.0, 0, 1.0, 0.0, n, n) for n in range(64)])
+
+
+def seeds(rig: Rig) -> None:
+    """One distribution, many seeds: the noise depends on the seed and the position, and on nothing else."""
+    sampler = Sampler(rig)
+    picked = [SampleRow(1.0, 0, 1.0, 0.0, n // 2 - 5, 100 * (n % 2)) for n in range(24)]
+    got = sampler.check([9] * 24, picked)
+    if len(set(got)) < 6:
+        raise Mismatch(f"24 seeds and positions gave {len(set(got))} different tokens")
+    same("the rows in reverse order", sampler.tokens([9] * 24, picked[::-1]), got[::-1])
+
+
+def mask(rig: Rig) -> None:
+    """A random half of the ids; one id alone, in the first and in the last word; and all of them."""
+    r = np.random.default_rng(4)
+    grid = [row for row in rows() if row.top_k != 500][:40]
+    allowed = [tuple(int(i) for i in np.flatnonzero(r.random(VOCAB) < 0.5)) for _ in grid]
+    allowed[:4] = [(0,), (VOCAB - 1,), (31, 32), tuple(range(VOCAB))]
+    picked = [replace(row, allowed=ids) for row, ids in zip(grid, allowed, strict=True)]
+    Sampler(rig).check([n % 64 for n in range(len(picked))], picked)
+
+
+def logprobs(rig: Rig) -> None:
+    sampler, ids, top = Sampler(rig), list(range(0, 64, 3)), 5
+    logits = sampler.logits(ids)
+    out = rig.backend.logprobs(logits, rig.backend.sample(logits, greedy_batch(len(ids))), top)
+    x = sampler.x[ids]
+    truth, emulation = oracle.logprobs(EXACT, x), oracle.logprobs(oracle.emulated(rig.dtype), x)
+    floors = floor(truth, emulation, "float32")
+    order = np.argsort(-x, axis=1, kind="stable")[:, :top]
+    same("ids of the best", rig.fetch(out.ids, order.shape), order)
+    best = np.take_along_axis(truth, order, axis=1)
+    rig.close("logprobs of the best", rig.fetch(out.values, order.shape), best, floors)
+    rig.close("logprobs of the chosen", rig.fetch(out.chosen, (len(ids),))[:, None], best[:, :1], floors)
+
+
+for dtype in ("float32", "bfloat16"):
+    case("L1/sample/grid", dtype, sample)
+    case("L1/sample/greedy", dtype, greedy)
+    case("L1/sample/seeds", dtype, seeds)
+    case("L1/sample/mask", dtype, mask, features=("mask",))
+    case("L1/logprobs", dtype, logprobs, features=("logprobs",))

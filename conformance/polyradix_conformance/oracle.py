@@ -1,0 +1,175 @@
+"""What every verb must compute, in plain NumPy loops. Imports no backend.
+
+Each function runs at a Precision: EXACT is float64 without rounding, the truth; `emulated(dtype)` is float32 with
+sequential sums, rounded wherever the contract's expansion rounds, which shows how far an honest implementation may be
+from the truth. Values are float64 arrays that hold numbers of the tested dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+
+Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+HOST: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+UNIT = {"float32": 2.0**-24, "bfloat16": 2.0**-8}  # largest relative error of one rounding
+
+
+def rounded(x: Any, dtype: str) -> Arr:
+    """x with every value rounded to `dtype`, as float64."""
+    out: Arr = np.asarray(x).astype(HOST[dtype]).astype(np.float64)
+    return out
+
+
+@dataclass(frozen=True)
+class Precision:
+    wide: Any
+    round: Callable[[Arr], Arr]
+
+    def take(self, *arrays: Any) -> tuple[Arr, ...]:
+        return tuple(np.asarray(a).astype(self.wide) for a in arrays)
+
+    def total(self, terms: Arr) -> Arr:
+        """Sum over the last axis, one term after the other."""
+        out: Arr = np.cumsum(terms, axis=-1, dtype=self.wide)[..., -1]
+        return out
+
+
+EXACT = Precision(np.float64, lambda x: x)
+
+
+def emulated(dtype: str) -> Precision:
+    return Precision(np.float32, lambda x: rounded(x, dtype))
+
+
+def linear(p: Precision, x: Arr, w: Arr, bias: Arr | None = None, final: bool = False) -> Arr:
+    """x [T,I], w [O,I]; `final` keeps float32, as logits do."""
+    x, w = p.take(x, w)
+    out = np.array([p.total(row * w) for row in x])
+    if bias is not None:
+        out = out + bias.astype(p.wide)
+    return out if final else p.round(out)
+
+
+def rms_norm(p: Precision, x: Arr, w: Arr, eps: float) -> Arr:
+    x, w = p.take(x, w)
+    mean = p.total(x * x) / p.wide(x.shape[-1])
+    return p.round(x / np.sqrt(mean + p.wide(eps))[..., None] * w)
+
+
+def add(p: Precision, x: Arr, y: Arr) -> Arr:
+    x, y = p.take(x, y)
+    return p.round(x + y)
+
+
+def gated(p: Precision, x: Arr) -> Arr:
+    """silu(first half) * second half."""
+    (x,) = p.take(x)
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half], x[..., half:]
+    with np.errstate(over="ignore"):
+        return p.round(gate / (p.wide(1) + np.exp(-gate)) * up)
+
+
+def rope(p: Precision, x: Arr, table: Arr, positions: Arr) -> Arr:
+    """x [T,heads,D]; table [positions,D], cos then sin. Dimension i turns with dimension i + D/2."""
+    x, table = p.take(x, table)
+    half = x.shape[-1] // 2
+    out = np.empty_like(x)
+    for t, position in enumerate(positions):
+        cos, sin = table[position, :half], table[position, half:]
+        for h in range(x.shape[1]):
+            a, b = x[t, h, :half], x[t, h, half:]
+            out[t, h, :half] = a * cos - b * sin
+            out[t, h, half:] = b * cos + a * sin
+    return p.round(out)
+
+
+@dataclass(frozen=True)
+class Attention:
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
+    """Causal attention of one sequence: q [L,Hq,D], k and v [L,Hk,D], row t at position t. Query head h reads key head
+    h // (Hq / Hk)."""
+    q, k, v = p.take(q, k, v)
+    group = q.shape[1] // k.shape[1]
+    out = np.empty_like(q)
+    for t in range(len(q)):
+        first = 0 if a.window is None else max(0, t - a.window + 1)
+        for h in range(q.shape[1]):
+            keys, values = k[first : t + 1, h // group], v[first : t + 1, h // group]
+            score = p.total(q[t, h] * keys) * p.wide(a.scale)
+            if a.softcap is not None:
+                score = p.wide(a.softcap) * np.tanh(score / p.wide(a.softcap))
+            e = np.exp(score - score.max())
+            weighted = p.round(e)[:, None].astype(p.wide) * values  # kernels may round the weights to the dtype
+            out[t, h] = p.total(weighted.T) / p.total(e)
+    return p.round(out)
+
+
+def logprobs(p: Precision, x: Arr) -> Arr:
+    """log softmax over the last axis."""
+    (x,) = p.take(x)
+    x = x - x.max(axis=-1, keepdims=True)
+    out: Arr = x - np.log(p.total(np.exp(x)))[..., None]
+    return out
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """How to sample one row; `allowed` are the ids a mask permits, None permits all."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    position: int
+    allowed: tuple[int, ...] | None = None
+
+
+def sample(x: Arr, r: SampleRow) -> set[int]:
+    """The tokens that the definition allows for logits x [V]: one, or the few that differ by rounding alone."""
+    ids = range(len(x)) if r.allowed is None else r.allowed
+    if r.temperature == 0:
+        best = max(float(x[i]) for i in ids)
+        return {next(i for i in ids if float(x[i]) == best)}
+    ranked = sorted(((float(x[i]) / r.temperature, i) for i in ids), key=lambda zi: (-zi[0], zi[1]))
+    ranked = ranked[: r.top_k] if r.top_k > 0 else ranked
+    weights = [math.exp(z - ranked[0][0]) for z, _ in ranked]
+    p = [w / sum(weights) for w in weights]
+    out: set[int] = set()
+    for slack in (-1e-5, 0.0, 1e-5):  # a token on the very edge of top_p or min_p may stay or go
+        stays = [
+            zi
+            for n, zi in enumerate(ranked)
+            if n == 0
+            or ((r.top_p == 1 or sum(p[:n]) < r.top_p + slack) and (r.min_p == 0 or p[n] >= (r.min_p - slack) * p[0]))
+        ]
+        scores = [(z + gumbel(r.seed, r.position, i), i) for z, i in stays]
+        out |= {i for score, i in scores if score >= max(scores)[0] - 1e-5}
+    return out
+
+
+def gumbel(seed: int, position: int, token: int) -> float:
+    h = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ (position & 0xFFFFFFFF)) ^ token)
+    u = float(np.float32(((h >> 8) + 0.5) * 2.0**-24))
+    return -math.log(-math.log(u))
+
+
+def _mix(h: int) -> int:
+    h ^= h >> 16
+    h = h * 0x85EBCA6B & 0xFFFFFFFF
+    h ^= h >> 13
+    h = h * 0xC2B2AE35 & 0xFFFFFFFF
+    return h ^ h >> 16
