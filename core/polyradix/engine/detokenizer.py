@@ -39,9 +39,8 @@ class _Stop:
         while k and char != self.text[k]:
             k = self.fallback[k - 1]
         k += char == self.text[k]
-        done = k == len(self.text)
-        self.matched = self.fallback[k - 1] if done else k
-        return done
+        self.matched = k % len(self.text)  # afresh once found: a later occurrence never begins earlier
+        return k == len(self.text)
 
 
 class Detokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,9 +48,9 @@ def stream(ids: list[int], cuts: list[int], stop: list[str], include: bool = Fal
 
 
 TEXTS = st.lists(st.sampled_from(["a", "b", "c", "ab", "é", "😀", "\u0301", "日", " "]), max_size=30).map("".join)
-TEXT_IDS = TEXTS.map(lambda text: list(text.encode()))
+TEXT_IDS = (TEXTS | st.text("ab", max_size=30)).map(lambda text: list(text.encode()))
 ANY_IDS = st.lists(st.sampled_from([*b"abc", *"é😀".encode(), *range(SPECIAL, len(Bytes.table))]), max_size=40)
-STOPS = st.lists(st.text("abcé😀 ", min_size=1, max_size=4), max_size=4)
+STOPS = st.lists(st.text("abcé😀 ", min_size=1, max_size=4) | st.text("ab", min_size=3, max_size=5), max_size=4)
 
 
 @given(st.data(), TEXT_IDS | ANY_IDS, STOPS, st.booleans())
@@ -89,6 +90,12 @@ def test_earlier_stop_string_wins_even_when_it_completes_later() -> None:
 def test_pending_stop_string_decides_at_the_end() -> None:
     parts, detokenizer = stream(list(b"abc"), [1, 2], ["c", "bcd"])
     assert ("".join(parts), detokenizer.stop) == ("ab", "c")
+
+
+@pytest.mark.parametrize(("text", "stop"), [("aaab", "aab"), ("abababc", "ababc"), ("aabaaabaa", "aabaa")])
+def test_stop_string_begun_twice(text: str, stop: str) -> None:
+    parts, detokenizer = stream(list(text.encode()), list(range(len(text))), [stop])
+    assert ("".join(parts), detokenizer.stop) == (text[: text.index(stop)], stop)
 
 
 def test_silent_after_the_stop() -> None:
