@@ -10,6 +10,7 @@ from typing import Any
 
 from polyradix import __version__
 from polyradix.engine.config import EngineConfig
+from polyradix.serve.client import set_up_logging
 
 _ENGINE = (
     *("model", "device", "dtype", "load_format", "max_context", "max_seqs", "max_tokens_per_step", "mem_fraction"),
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done or stopped by a signal, 1 could not start or check found a reason, 2 wrong arguments."""
     args = _parser().parse_args(argv)
     level = getattr(args, "log_level", "warning")
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    set_up_logging(level)
     logging.getLogger("uvicorn").setLevel(level.upper() if level != "info" else "WARNING")
     try:
         return int(args.run(args))

@@ -47,19 +47,17 @@ class Worker(Protocol):
 
 
 class EngineProcess:
-    """The real worker: `run_engine` in a spawned process."""
+    """The real worker: `run_engine` in a spawned process. `log_level` is the process's own."""
 
-    def __init__(self, config: EngineConfig, stop_seconds: float = 5.0) -> None:
+    def __init__(self, config: EngineConfig, log_level: str = "info", stop_seconds: float = 5.0) -> None:
         self._config = config
+        self._log_level = log_level
         self._stop_seconds = stop_seconds
 
     def start(self, to_engine: str, from_engine: str, on_exit: Callable[[str], None]) -> None:
-        from polyradix.engine.process import run_engine
-
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(
-            target=run_engine, args=(self._config, to_engine, from_engine), name="polyradix-engine", daemon=True
-        )
+        args = (self._config, to_engine, from_engine, self._log_level)
+        self._process = spawn.Process(target=_engine_main, args=args, name="polyradix-engine", daemon=True)
         # Inherited across the spawn: Ctrl-C reaches the whole process group, and ending the engine is ours to do.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
@@ -81,6 +79,17 @@ class EngineProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def _engine_main(config: EngineConfig, to_engine: str, from_engine: str, log_level: str) -> None:
+    from polyradix.engine.process import run_engine
+
+    set_up_logging(log_level)
+    run_engine(config, to_engine, from_engine)
+
+
+def set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s")
 
 
 class Call:
@@ -209,7 +218,7 @@ class EngineClient:
                 self._take(decoder.decode(await self._pull.recv()))
         except Exception as error:
             log.exception("cannot read from the engine")
-            self._die(f"cannot read from the engine: {error}")
+            self._lost(f"cannot read from the engine: {error}")
 
     def _take(self, message: FromEngine) -> None:
         if isinstance(message, Chunks):
@@ -224,7 +233,7 @@ class EngineClient:
             self.ready = message
             self._settle()
         else:
-            self._die(message.error)
+            self._lost(message.error)
 
     def _settle(self) -> None:
         if not self._settled.done():
@@ -232,7 +241,12 @@ class EngineClient:
 
     def _exited(self, reason: str) -> None:
         """Its last message may still be on the way, and says more."""
-        asyncio.get_running_loop().call_later(0.2, self._die, reason)
+        asyncio.get_running_loop().call_later(0.2, self._lost, reason)
+
+    def _lost(self, error: str) -> None:
+        if not self.error and self.ready is not None:
+            log.error("the engine is gone: %s", error)
+        self._die(error)
 
     def _die(self, error: str) -> None:
         if self.error:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 T = TypeVar("T", bound=BaseModel)
@@ -48,11 +48,14 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(415, f"content-type is {show(kind)}; expected application/json")
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise ApiError(413, f"the body has more than {limit} bytes, the limit of this server")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > limit:
+                raise ApiError(413, f"the body has more than {limit} bytes, the limit of this server")
+            parts.append(part)
+    except ClientDisconnect:
+        raise ApiError(400, "the client hung up before the body was complete") from None
     return b"".join(parts)
 
 

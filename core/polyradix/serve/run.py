@@ -55,7 +55,7 @@ def serve(config: EngineConfig, options: ServeOptions) -> None:
     config.check()
     with contextlib.closing(listen(options.host, options.port)) as sock:
         tokenizer = load_tokenizer(open_checkpoint(config.model, load_format=config.load_format))
-        client = EngineClient(EngineProcess(config))
+        client = EngineClient(EngineProcess(config, options.log_level))
         server = Server(client, tokenizer, options.name or config.model, options.max_body)
         http = _Http(
             uvicorn.Config(

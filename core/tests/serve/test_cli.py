@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
@@ -10,30 +9,11 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
-
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "polyradix.serve.cli", *args], capture_output=True, text=True, timeout=60
     )
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return str(tmp_path)
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> str:
@@ -68,22 +48,22 @@ def test_missing_model() -> None:
     assert "no-such-folder" in failed(command("serve", "--model", "./no-such-folder", "--port", "0"))
 
 
-def test_option_out_of_range(model: str) -> None:
-    assert "max_seqs is 0" in failed(command("serve", "--model", model, "--max-seqs", "0", "--port", "0"))
-    assert command("serve", "--model", model, "--dtype", "int7").returncode == 2
+def test_option_out_of_range(model: Path) -> None:
+    assert "max_seqs is 0" in failed(command("serve", "--model", str(model), "--max-seqs", "0", "--port", "0"))
+    assert command("serve", "--model", str(model), "--dtype", "int7").returncode == 2
 
 
 @pytest.mark.parametrize("name", ["serve", "check"])
-def test_unknown_device_lists_the_found_ones(model: str, name: str) -> None:
+def test_unknown_device_lists_the_found_ones(model: Path, name: str) -> None:
     args = ("--port", "0") if name == "serve" else ()
-    error = failed(command(name, "--model", model, "--load-format", "dummy", "--device", "warp", *args))
+    error = failed(command(name, "--model", str(model), "--load-format", "dummy", "--device", "warp", *args))
     assert "'warp'" in error
     assert "numpy" in error
     assert "null" in error
 
 
-def test_check(model: str) -> None:
-    args = ("check", "--model", model, "--load-format", "dummy", "--device", "numpy")
+def test_check(model: Path) -> None:
+    args = ("check", "--model", str(model), "--load-format", "dummy", "--device", "numpy")
     good = command(*args)
     assert good.returncode == 0, good.stderr
     assert "can run" in good.stdout

@@ -11,38 +11,11 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 class Process:
@@ -109,12 +82,17 @@ def test_ready_line(numpy_server: Process, model: Path) -> None:
 def test_greedy_is_the_same_streamed_cached_and_among_others(numpy_server: Process) -> None:
     with openai.OpenAI(base_url=numpy_server.url + "/v1", api_key="none", max_retries=0) as client:
 
-        def text(stream: bool, **options: float) -> str:
-            got = client.completions.create(
-                model="tiny", prompt="The quick brown fox jumps over the lazy dog. " * 3, max_tokens=24, stream=stream,
-                extra_body={"ignore_eos": True}, **options,
-            )  # fmt: skip
-            return "".join(c.choices[0].text for c in (got if stream else [got]))  # type: ignore[union-attr,misc,list-item]
+        def text(stream: bool, temperature: float, seed: int | None = None) -> str:
+            got: Any = client.completions.create(
+                model="tiny",
+                prompt="The quick brown fox jumps over the lazy dog. " * 3,
+                max_tokens=24,
+                stream=stream,
+                temperature=temperature,
+                seed=seed,
+                extra_body={"ignore_eos": True},
+            )
+            return "".join(c.choices[0].text for c in (got if stream else [got]))
 
         first = text(False, temperature=0)
         assert len(first) > 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -205,6 +207,23 @@ def test_paths_and_methods(alive: Any) -> None:
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     assert "Method Not Allowed" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models/%ff%00", "/%ff", "/v1/models/%ed%a0%80", "/v1/models/" + "x" * 5000])
+def test_strange_paths(alive: Any, path: str) -> None:
+    response = alive.http.get(path)
+    assert response.status_code == 404
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_body(alive: Any, caplog: pytest.LogCaptureFixture) -> None:
+    before = alive.metrics().get('polyradix_errors_total{status="400"}', 0)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", alive.http.base_url.port)) as sock:
+        sock.sendall(head.encode() + b'{"prompt"')
+        time.sleep(0.05)
+    alive.wait(lambda: alive.metrics().get('polyradix_errors_total{status="400"}', 0) == before + 1)
+    assert "Traceback" not in caplog.text
 
 
 def test_body_too_large(make_live: Any) -> None:

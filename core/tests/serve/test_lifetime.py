@@ -17,7 +17,8 @@ CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
 @pytest.mark.parametrize("n", [1, 3])
 def test_hang_up_while_streaming_aborts(slow: Any, n: int) -> None:
     with slow.http.stream("POST", TEXT, json={"prompt": "x", "max_tokens": 5000, "stream": True, "n": n}) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # closes the response when it is collected
+        next(lines)
         slow.wait(lambda: slow.engine.running == n)
     slow.wait(lambda: slow.engine.running == 0)
     assert sorted(slow.engine.aborts) == sorted(s.rid for s in slow.engine.submits)
