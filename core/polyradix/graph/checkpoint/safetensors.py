@@ -46,6 +46,8 @@ def _files(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX}: weight_map is {weight_map!r}; expected names to files")
         return [folder / name for name in sorted(set(weight_map.values()))]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
     found = sorted(folder.glob("*.safetensors"))
     if not found:
         raise CheckpointError(f"{folder}: no *.safetensors file")
