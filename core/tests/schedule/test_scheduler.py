@@ -244,7 +244,9 @@ def test_cached_prefixes_are_evicted_before_anything_is_retracted():
     d.add("old", list(range(20, 40)), max_tokens=1)
     d.drain()
     assert d.scheduler.pages_cached == 5
-    req = d.add("new", list(range(8)), max_tokens=20)
+    req = d.add("new", list(range(16)), max_tokens=16)
+    d.step()
+    assert d.scheduler.pages_cached == 4  # 3 pages were free; no more goes than must
     d.drain(2)
     d.verify(req)
     assert d.scheduler.retracted == 0
