@@ -186,9 +186,13 @@ class EngineClient:
     def flush_cache(self) -> None:
         self._send(FlushCache())
 
+    def refuse(self) -> None:
+        """Ends whatever requests are left with an error, and lets no new ones in."""
+        self._die("the server is shutting down")
+
     async def close(self) -> None:
         """Ends the engine and whatever requests are left."""
-        self._die("the server is shutting down")
+        self.refuse()
         self._worker.stop()
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -20,7 +20,7 @@ from polyradix.serve.app import MAX_BODY, Server, make_app
 from polyradix.serve.client import EngineClient, EngineProcess
 
 log = logging.getLogger(__name__)
-DRAIN_SECONDS = 5  # running requests may finish for this long after a signal
+DRAIN_SECONDS = 5  # running requests may go on for this long after a signal
 
 
 class AddressError(OSError):
@@ -62,7 +62,7 @@ def serve(config: EngineConfig, options: ServeOptions) -> None:
                 make_app(server),
                 log_config=None,
                 access_log=options.log_level == "debug",
-                timeout_graceful_shutdown=DRAIN_SECONDS,
+                timeout_graceful_shutdown=DRAIN_SECONDS + 2,
                 timeout_keep_alive=60,
                 lifespan="off",
             )
@@ -79,14 +79,18 @@ class _Http(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
-    def stop(self) -> None:
-        self.force_exit = self.should_exit
+    def stop(self, client: EngineClient) -> None:
+        """First no new connections, then an error for whoever is not done in time; at once when asked again."""
+        if self.should_exit:
+            client.refuse()
+        else:
+            asyncio.get_running_loop().call_later(DRAIN_SECONDS, client.refuse)
         self.should_exit = True
 
 
 async def _serve(http: _Http, sock: socket.socket, client: EngineClient, config: EngineConfig) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(signum, http.stop)
+        asyncio.get_running_loop().add_signal_handler(signum, http.stop, client)
     await client.start()
     serving = asyncio.create_task(http.serve(sockets=[sock]))
     starting = asyncio.create_task(client.wait_ready())

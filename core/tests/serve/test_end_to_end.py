@@ -168,6 +168,24 @@ def test_ctrl_c_lets_running_requests_finish(model: Path) -> None:
     wait(lambda: not Path(f"/proc/{engine}").exists())
 
 
+def test_second_signal_ends_them_at_once(model: Path) -> None:
+    server = Process(model, "numpy", "--max-context", "512")
+    with ThreadPoolExecutor(8) as pool:
+        body = {"prompt": ["x"] * 64, "max_tokens": 500, "ignore_eos": True}
+        answers = [pool.submit(httpx.post, server.url + "/v1/completions", json=body, timeout=60) for _ in range(8)]
+        wait(lambda: server.metrics()["polyradix_engine_running"] == 64)
+        server.process.terminate()
+        time.sleep(0.3)
+        assert server.process.poll() is None
+        server.process.terminate()
+        for answer in answers:
+            assert answer.result().status_code == 503
+            assert answer.result().json()["error"]["message"] == "the server is shutting down"
+    server.close()
+    assert server.process.returncode == 0
+    assert "Traceback" not in server.log
+
+
 def test_killed_engine_is_an_error_and_the_server_stays(model: Path) -> None:
     server = Process(model, "null")
     try:

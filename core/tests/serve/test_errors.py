@@ -226,6 +226,12 @@ def test_half_a_body(alive: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert "Traceback" not in caplog.text
 
 
+def test_large_bodies_are_read_and_judged_by_their_tokens(alive: Any) -> None:
+    status, error = alive.error(TEXT, {"prompt": "x" * 5_000_000})
+    assert (status, error["code"]) == (400, "context_length_exceeded")
+    assert "5000000 tokens" in error["message"]
+
+
 def test_body_too_large(make_live: Any) -> None:
     with make_live(FakeEngine(), max_body=1000) as live:
         status, error = live.error(TEXT, {"prompt": "x" * 2000})
