@@ -85,18 +85,15 @@ class RowTable:
         self._free.append(req.slot)
         req.slot = -1
 
-    def ready(self, slots: I32, launched: int, applied: int) -> NDArray[np.bool_]:
-        """Which of these slots can decode now: the sequence may still grow, and its next token is known to the host or
-        is a sample of the plan launched last."""
-        source = self.source_plan[slots]
-        can: NDArray[np.bool_] = (source <= applied) | (source == launched)
-        can &= self.computed[slots] + 1 < self.limit[slots]
+    def may_grow(self, slots: I32) -> NDArray[np.bool_]:
+        """Which of these slots can take one more token and sample after it."""
+        can: NDArray[np.bool_] = self.computed[slots] + 1 < self.limit[slots]
         return can
 
     def build(self, number: int, rows: list[Request], slots: I32, chunks: list[int], applied: int) -> Plan:
         """The plan of rows with these slots, the last len(chunks) of them prefill with that many tokens. Advances the
-        table past it. `applied`: the newest plan whose samples the host has."""
-        decodes = slots[: len(slots) - len(chunks)]
+        table past it. `applied`: the newest plan whose samples the host has. Every request that decodes is in every
+        plan until it ends, so a token unknown to the host is a sample of the plan before this one."""
         start = self.computed[slots]
         host = self._host(rows, slots, start, chunks, applied)
         self.computed[slots] = host.kv_len
@@ -111,7 +108,6 @@ class RowTable:
             position=host.kv_len,
         )
         top = int(self.logprobs[slots].max())
-        assert len(decodes) + len(chunks) == len(rows)
         return Plan(number, rows, host, sample, top if top >= 0 else None)
 
     def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:

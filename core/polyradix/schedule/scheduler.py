@@ -219,7 +219,7 @@ class Scheduler:
                 self._slots = np.array([req.slot for req in self._decoding], np.int32)
                 self._stale = False
             rows, slots = self._decoding, self._slots
-            can = self._table.ready(slots, self._launched, self._applied)
+            can = self._table.may_grow(slots)
             if not can.all():
                 rows, slots = [rows[i] for i in np.flatnonzero(can)], slots[can]
             full = np.flatnonzero(self._table.computed[slots] % self.config.page_size == 0).tolist()

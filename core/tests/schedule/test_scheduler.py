@@ -194,6 +194,14 @@ def test_holding_back_lets_others_pass_and_ends_with_an_abort():
     assert rids(d.launch()) == ["c", "b"]
 
 
+def test_nobody_waits_for_what_it_cannot_use():
+    d = device(max_tokens=64)
+    d.add("a", [1, 2, 3, 4, 5])
+    d.add("same", [1, 2, 3, 4])  # its only page holds its last token, which it must compute anyway
+    d.add("elsewhere", [1, 2, 3, 4, 5], namespace="x")
+    assert rids(d.step()) == ["a", "same", "elsewhere"]
+
+
 def test_a_page_that_is_not_full_is_not_worth_waiting_for():
     d = device(max_tokens=64)
     d.add("a", [1, 2, 3, 9])
