@@ -96,6 +96,12 @@ def test_eviction_takes_the_least_recently_used_leaf_from_its_end(tree):
     tree.check([])
 
 
+def test_a_match_renews_a_leaf(tree):
+    tree.insert(ids(7, 8), [21])
+    tree.match(ids(1, 2, 3, 4, 5, 6))
+    assert tree.evict(2) == [21, 13]
+
+
 def test_prefix_is_no_use(tree):
     tree.insert(ids(7, 8), [21])
     tree.prefix(ids(1, 2, 3, 4, 5, 6))
