@@ -129,14 +129,15 @@ def test_two_hundred_clients_half_hanging_up(model: Path) -> None:
         def client(i: int) -> int:
             body = {"prompt": f"client {i % 7}: " * (1 + i % 5), "max_tokens": 60, "stream": True, "ignore_eos": True}
             body |= {"stream_options": {"include_usage": True}}
-            with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+            with http.stream("POST", "/v1/completions", json=body) as response:
                 lines = (line for line in response.iter_lines() if line.startswith("data: {"))
                 if i % 2 == 0:
                     next(lines)
                     return 0
                 return int(json.loads(list(lines)[-1][6:])["usage"]["completion_tokens"])
 
-        with ThreadPoolExecutor(200) as pool:
+        limits = httpx.Limits(max_connections=None)
+        with httpx.Client(base_url=server.url, timeout=60, limits=limits) as http, ThreadPoolExecutor(200) as pool:
             assert list(pool.map(client, range(200))) == [0, 60] * 100
         wait(lambda: server.metrics()["polyradix_engine_running"] == 0)
         seen = server.metrics()

@@ -49,7 +49,7 @@ def test_stop_string_aborts_the_rest(slow: Any) -> None:
 def test_many_clients_half_hang_up(slow: Any) -> None:
     def client(i: int) -> int:
         body = {"prompt": "x", "max_tokens": 20 if i % 2 else 5000, "stream": True}
-        with httpx.stream("POST", slow.url + TEXT, json=body, timeout=20) as response:
+        with slow.http.stream("POST", TEXT, json=body) as response:
             lines = response.iter_lines()
             if i % 2 == 0:
                 return len([next(lines) for _ in range(3)])
