@@ -1,4 +1,9 @@
-"""Attention over ragged sequences in a poisoned cache: what the attention and the state cases share."""
+"""Attention over ragged sequences in a poisoned cache: what the attention and the state cases share.
+
+A row of the carry holds the inputs of a token (q, k, v side by side) and room for one attention output. Layers up to
+`layers` attend over the inputs, layer i seeing them turned by i columns, and the last of these puts its output into the
+room. The layers after it only write that output into their own k and v, from where every row of it is exported.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +16,15 @@ from polyradix.backend.protocol import AttnSpec, Heads, KVSpec, Params
 from polyradix_conformance import oracle
 from polyradix_conformance.inputs import Part, Ragged, values
 from polyradix_conformance.oracle import EXACT, HOST, Arr, Attention
-from polyradix_conformance.rig import Rig
+from polyradix_conformance.rig import Rig, parts_of
 from polyradix_conformance.tolerance import floor
 
 
 @cache
 def rows_of(dtype: str, regime: str, heads: Heads, rows: int) -> Arr:
-    """[rows, (Hq + 2 Hk) * D]: q, k and v side by side. The peaked regime makes softmax nearly one-hot."""
-    x = values(
-        f"qkv {heads} {rows}", (rows, heads.q + 2 * heads.kv, heads.dim), dtype, regime.replace("peaked", "normal")
-    )
+    """[rows, (Hq + 2 Hk) * D]. The peaked regime makes softmax nearly one-hot."""
+    shape = (rows, heads.q + 2 * heads.kv, heads.dim)
+    x = values(f"qkv {heads} {rows}", shape, dtype, regime.replace("peaked", "normal"))
     if regime == "peaked":
         x[:, : heads.q] *= 8
     return x.reshape(rows, -1)
@@ -28,7 +32,7 @@ def rows_of(dtype: str, regime: str, heads: Heads, rows: int) -> Arr:
 
 @cache
 def expected(
-    dtype: str, regime: str, heads: Heads, lengths: tuple[int, ...], attention: Attention, turn: int = 0
+    dtype: str, regime: str, heads: Heads, lengths: tuple[int, ...], attention: Attention, turn: int
 ) -> tuple[Arr, Arr]:
     """Truth [rows,Hq,D], and floors [rows,Hq]: per head the largest floor in the sequence. `turn` is the layer."""
     x = np.roll(rows_of(dtype, regime, heads, sum(lengths)), -turn, axis=1).reshape(sum(lengths), -1, heads.dim)
@@ -36,11 +40,11 @@ def expected(
     truths, floors, at = [], [], 0
     for n in lengths:
         rows = slice(at, at + n)
-        truth, emulation = (
-            oracle.attend(p, q[rows], k[rows], v[rows], attention) for p in (EXACT, oracle.emulated(dtype))
+        truth, *others = (
+            oracle.attend(p, q[rows], k[rows], v[rows], attention) for p in (EXACT, *oracle.emulated(dtype))
         )
         truths.append(truth)
-        floors.append(np.tile(floor(truth, emulation, dtype).max(axis=0), (n, 1)))
+        floors.append(np.tile(floor(truth, others, dtype).max(axis=0), (n, 1)))
         at += n
     return np.concatenate(truths), np.concatenate(floors)
 
@@ -54,66 +58,64 @@ def poison(spec: KVSpec, pages: int) -> Arr:
 
 
 class Flow:
-    """Sequences going through `layers` layers of attention. Layer i sees the inputs turned by i columns."""
+    """Sequences going through `layers` layers of attention, in a cache with every page poisoned."""
 
     def __init__(
-        self,
-        rig: Rig,
-        ragged: Ragged,
-        heads: Heads,
-        attention: Attention,
-        regime: str = "normal",
-        layers: int = 1,
+        self, rig: Rig, ragged: Ragged, heads: Heads, attention: Attention, regime: str = "normal", layers: int = 1
     ) -> None:
         self.rig, self.ragged, self.heads, self.attention, self.regime = rig, ragged, heads, attention, regime
         self.layers = layers
+        self.echoes = -(-heads.q // (2 * heads.kv))
         self.x = rows_of(rig.dtype, regime, heads, ragged.rows)
-        width = self.x.shape[1]
-        parts = (heads.q * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim)
-        params = [
-            {
-                "heads": rig.pack("linear", np.roll(np.eye(width), i, axis=1), segments=parts),
-                "out": rig.pack("linear", np.eye(width)[:, : parts[0]]),
-            }
-            for i in range(layers)
-        ]
-        self.run = rig.compile(self._step, Params({"x": rig.pack("embed", self.x)}, params))
-        self.spec, self.kv = self.fresh()
-
-    def fresh(self) -> tuple[KVSpec, Any]:
-        """A new cache with every page poisoned."""
-        spec, kv = self.rig.kv(self.ragged.num_pages, self.heads, self.layers, self.ragged.page)
-        pages = range(self.ragged.num_pages)
-        return spec, self.rig.backend.import_pages(kv, pages, poison(spec, len(pages)))
+        room = np.zeros((ragged.rows, heads.q * heads.dim))
+        embed, width = np.concatenate([self.x, room], axis=1), self.x.shape[1] + room.shape[1]
+        top = {"x": rig.pack("embed", embed), "end": rig.pack("logits", np.eye(8, width))}
+        each = [self._weights(i) for i in range(layers + self.echoes)]
+        self.run = rig.compile(self._step, Params(top, each))
+        self.spec, kv = rig.kv(ragged.num_pages, heads, layers + self.echoes, ragged.page)
+        self.kv = rig.backend.import_pages(kv, range(ragged.num_pages), poison(self.spec, ragged.num_pages))
 
     def step(self, parts: list[Part]) -> Arr:
-        """Runs one batch; the last layer's output [T,Hq,D]."""
-        out, self.kv = self.run(self.kv, self.ragged.batch(parts))
-        count = sum(p.stop - p.start for p in parts)
-        rows = self.rig.fetch(out, (count, self.x.shape[1]))
-        return rows[:, : self.heads.q * self.heads.dim].reshape(count, self.heads.q, self.heads.dim)
+        """Runs one batch; the output [T,Hq,D] of the last of `layers`."""
+        _, self.kv = self.run(self.kv, self.ragged.batch(parts))
+        each = []
+        for part in parts:
+            data = self.ragged.rows_in(self.export(self.ragged.pages[part.seq].tolist()), part)[:, self.layers :]
+            each.append(np.concatenate([kv for layer in data.swapaxes(0, 1) for kv in layer], axis=1))
+        return np.concatenate(each)[:, : self.heads.q]
 
     def check(self, what: str, plan: list[list[Part]]) -> None:
         """Every row of every batch against the oracle."""
-        truth, floors = expected(
-            self.rig.dtype, self.regime, self.heads, self.ragged.lengths, self.attention, self.layers - 1
-        )
+        lengths, turn = self.ragged.lengths, self.layers - 1
+        truth, floors = expected(self.rig.dtype, self.regime, self.heads, lengths, self.attention, turn)
         for n, parts in enumerate(plan):
             ids = np.concatenate([self.ragged.ids(p) for p in parts])
             self.rig.close(f"{what}, batch {n}", self.step(parts), truth[ids], floors[ids])
 
     def export(self, pages: list[int]) -> Arr:
-        return self.rig.backend.export_pages(self.kv, pages).result(timeout=60)
+        return self.rig.export(self.kv, pages)
+
+    def _weights(self, layer: int) -> dict[str, Any]:
+        """`heads` picks q, k and v from the carry; `out` puts the attention into the room, or nowhere."""
+        parts, inputs = parts_of(self.heads), self.x.shape[1]
+        room = parts[0]
+        pick, put = np.zeros((inputs, inputs + room)), np.zeros((inputs + room, room))
+        if layer < self.layers:
+            pick[:, :inputs] = np.roll(np.eye(inputs), layer, axis=1)
+        else:
+            at, count = (layer - self.layers) * 2 * parts[1], 2 * parts[1]
+            pick[room:, inputs:] = np.eye(count, room, at)
+        if layer == self.layers - 1:
+            put[inputs:] = np.eye(room)
+        return {"heads": self.rig.pack("linear", pick, segments=parts), "out": self.rig.pack("linear_reduce", put)}
 
     def _step(self, ops: Any, params: Params, kv: Any, m: Any) -> tuple[Any, Any]:
         spec = AttnSpec(self.heads, self.attention.scale, self.attention.window, self.attention.softcap)
 
-        def body(w: dict[str, Any], carry: Any, kv: Any) -> Any:
-            x, _ = carry
+        def body(w: dict[str, Any], x: Any, kv: Any) -> Any:
             q, k, v = ops.qkv(x, w["heads"], self.heads)
             out, kv = ops.attend(q, k, v, kv, m, spec)
-            return (x, ops.linear(out, w["out"])), kv
+            return ops.add(x, ops.linear_reduce(out, w["out"])), kv
 
-        x = ops.embed(params.top["x"], m)
-        (_, out), kv = ops.layers(body, params.layers, (x, x), kv)
-        return out, kv
+        x, kv = ops.layers(body, params.layers, ops.embed(params.top["x"], m), kv)
+        return ops.logits(ops.last(x, m), params.top["end"]), kv

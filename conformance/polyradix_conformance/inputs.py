@@ -30,7 +30,7 @@ def values(seed: str, shape: tuple[int, ...], dtype: str, regime: str = "normal"
 
 def ragged_lengths(page: int) -> tuple[int, ...]:
     """1, around one page, a prime, and long."""
-    return tuple(sorted({n for n in (1, page - 1, page, page + 1, 37, 2 * page + 67) if n > 0}))
+    return tuple(sorted({n for n in (1, page - 1, page, page + 1, 37, page + 70) if n > 0}))
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,12 @@ class Ragged:
 
     def ids(self, part: Part) -> Arr:
         out: Arr = self.offsets[part.seq] + np.arange(part.start, part.stop)
+        return out
+
+    def rows_in(self, data: Arr, part: Part) -> Arr:
+        """The rows of one part [2,layers,T,heads,dim], from the export of all pages of its sequence in their order."""
+        rows = data.reshape(*data.shape[:2], -1, *data.shape[4:])
+        out: Arr = rows[:, :, part.start : part.stop].astype(np.float64)
         return out
 
     def batch(self, parts: list[Part]) -> HostBatch:

@@ -1,7 +1,7 @@
 """What every verb must compute, in plain NumPy loops. Imports no backend.
 
-Each function runs at a Precision: EXACT is float64 without rounding, the truth; `emulated(dtype)` is float32 with
-sequential sums, rounded wherever the contract's expansion rounds, which shows how far an honest implementation may be
+Each function runs at a Precision: EXACT is float64 without rounding, the truth; `emulated(dtype)` are float32 with
+sequential sums, rounded wherever the contract's expansion rounds, which show how far an honest implementation may be
 from the truth. Values are float64 arrays that hold numbers of the tested dtype.
 """
 
@@ -31,21 +31,23 @@ def rounded(x: Any, dtype: str) -> Arr:
 class Precision:
     wide: Any
     round: Callable[[Arr], Arr]
+    order: int = 1  # -1 sums from the end
 
     def take(self, *arrays: Any) -> tuple[Arr, ...]:
         return tuple(np.asarray(a).astype(self.wide) for a in arrays)
 
     def total(self, terms: Arr) -> Arr:
         """Sum over the last axis, one term after the other."""
-        out: Arr = np.cumsum(terms, axis=-1, dtype=self.wide)[..., -1]
+        out: Arr = np.cumsum(terms[..., :: self.order], axis=-1, dtype=self.wide)[..., -1]
         return out
 
 
 EXACT = Precision(np.float64, lambda x: x)
 
 
-def emulated(dtype: str) -> Precision:
-    return Precision(np.float32, lambda x: rounded(x, dtype))
+def emulated(dtype: str) -> tuple[Precision, ...]:
+    """Two honest implementations, which sum from the start and from the end."""
+    return tuple(Precision(np.float32, lambda x: rounded(x, dtype), order) for order in (1, -1))
 
 
 def linear(p: Precision, x: Arr, w: Arr, bias: Arr | None = None, final: bool = False) -> Arr:

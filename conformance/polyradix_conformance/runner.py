@@ -67,7 +67,7 @@ def run(
 
 
 def report(
-    backend: Backend, name: str, options: dict[str, str], profile: str, partial: bool, results: list[Result]
+    backend: Backend, name: str, options: dict[str, Any], profile: str, partial: bool, results: list[Result]
 ) -> dict[str, Any]:
     """What `conform run -o` writes."""
     return {

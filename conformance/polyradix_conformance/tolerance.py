@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from polyradix_conformance.oracle import UNIT, Arr
@@ -9,9 +11,10 @@ from polyradix_conformance.oracle import UNIT, Arr
 K = 3.0
 
 
-def floor(truth: Arr, emulation: Arr, dtype: str) -> Arr:
-    """Per row (all axes but the last): the emulation's largest error, at least one rounding of the largest value."""
-    out: Arr = np.maximum(np.abs(emulation - truth).max(axis=-1), UNIT[dtype] * np.abs(truth).max(axis=-1))
+def floor(truth: Arr, emulations: Iterable[Arr], dtype: str) -> Arr:
+    """Per row (all axes but the last): the emulations' largest error, at least one rounding of the largest value."""
+    out: Arr = np.max([np.abs(e - truth).max(axis=-1) for e in emulations], axis=0)
+    out = np.maximum(out, UNIT[dtype] * np.abs(truth).max(axis=-1))
     return out
 
 

@@ -11,7 +11,7 @@ from polyradix_conformance.inputs import REGIMES, Ragged, ragged_lengths
 from polyradix_conformance.oracle import Attention
 from polyradix_conformance.rig import Rig
 
-GQA = Heads(q=6, kv=2, dim=64)
+GQA = Heads(q=4, kv=2, dim=64)
 LAYOUTS = {"mha": Heads(q=2, kv=2, dim=64), "mqa": Heads(q=4, kv=1, dim=64), "gqa": GQA}
 PLANS = ("whole", "decode", "chunked", "mixed")
 PAGE_SIZES = (1, 8, 16, 32, 64, 128)

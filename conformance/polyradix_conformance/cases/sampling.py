@@ -133,13 +133,15 @@ def logprobs(rig: Rig) -> None:
     logits = sampler.logits(ids)
     out = rig.backend.logprobs(logits, rig.backend.sample(logits, greedy_batch(len(ids))), top)
     x = sampler.x[ids]
-    truth, emulation = oracle.logprobs(EXACT, x), oracle.logprobs(oracle.emulated(rig.dtype), x)
-    floors = floor(truth, emulation, "float32")
+    truth, *others = (oracle.logprobs(p, x) for p in (EXACT, *oracle.emulated(rig.dtype)))
+    floors = floor(truth, others, "float32")
     order = np.argsort(-x, axis=1, kind="stable")[:, :top]
-    same("ids of the best", rig.fetch(out.ids, order.shape), order)
-    best = np.take_along_axis(truth, order, axis=1)
-    rig.close("logprobs of the best", rig.fetch(out.values, order.shape), best, floors)
-    rig.close("logprobs of the chosen", rig.fetch(out.chosen, (len(ids),))[:, None], best[:, :1], floors)
+    best = rig.fetch(out.ids, order.shape).astype(int)  # of equal ones, any may come first, and each only once
+    same("logits of the best", np.take_along_axis(x, best, axis=1), np.take_along_axis(x, order, axis=1))
+    same("different ids", [len(set(row)) for row in best.tolist()], [top] * len(ids))
+    want = np.take_along_axis(truth, order, axis=1)
+    rig.close("logprobs of the best", rig.fetch(out.values, order.shape), want, floors)
+    rig.close("logprobs of the chosen", rig.fetch(out.chosen, (len(ids),))[:, None], want[:, :1], floors)
 
 
 for dtype in ("float32", "bfloat16"):

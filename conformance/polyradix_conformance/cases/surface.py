@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -63,15 +64,15 @@ def results(rig: Rig) -> None:
 def declined(rig: Rig) -> None:
     """What no capability offers raises Unsupported."""
 
-    def zeros(part: Literal["weight", "bias"] = "weight") -> HostArray:
-        return np.zeros((64, 64), np.float16)
+    def ones(part: Literal["weight", "bias"] = "weight") -> HostArray:
+        return np.ones((64, 64), np.float16)
 
     half: Any = "float16"
-    nothing = max(rig.backend.caps.page_sizes) * 2 + 1
+    huge = max(rig.backend.caps.page_sizes) * 2 + 1
     dim = rig.backend.caps.max_head_dim + rig.backend.caps.head_dim_multiple
-    attempts = {
-        "a float16 parameter": lambda: rig.backend.pack(ParamSpec("w", "linear", (64, 64), half), zeros),
-        f"pages of {nothing} tokens": lambda: rig.backend.alloc_kv(KVSpec(1, 1, 64, nothing, rig.dtype), 2),
+    attempts: dict[str, Callable[[], Any]] = {
+        "a float16 parameter": lambda: rig.backend.pack(ParamSpec("w", "linear", (64, 64), half), ones),
+        f"pages of {huge} tokens": lambda: rig.backend.alloc_kv(KVSpec(1, 1, 64, huge, rig.dtype), 2),
         f"heads of size {dim}": lambda: rig.backend.alloc_kv(KVSpec(1, 1, dim, rig.page, rig.dtype), 2),
         "a float16 cache": lambda: rig.backend.alloc_kv(KVSpec(1, 1, 64, rig.page, half), 2),
     }

@@ -13,12 +13,12 @@ from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
 from polyradix_conformance.inputs import REGIMES, Ragged, values
 from polyradix_conformance.oracle import EXACT, Arr, Precision
-from polyradix_conformance.rig import Rig, same
+from polyradix_conformance.rig import Rig, parts_of, same
 from polyradix_conformance.tolerance import floor
 
 ROWS = (1, 5, 37)
 SHAPES = ((192, 160), (80, 50))  # in, out
-HEADS = Heads(q=6, kv=2, dim=64)
+MHA = Heads(q=4, kv=4, dim=64)
 EPS = 1e-5
 
 Formula = Callable[[Precision], Arr]
@@ -34,13 +34,13 @@ def linear_inputs(dtype: str, regime: str, rows: int, shape: tuple[int, int]) ->
 
 
 def compare(rig: Rig, what: str, got: Arr, formula: Formula) -> None:
-    truth, emulation = formula(EXACT), formula(oracle.emulated(rig.dtype))
-    rig.close(what, got, truth, floor(truth, emulation, rig.dtype))
+    truth, *others = map(formula, (EXACT, *oracle.emulated(rig.dtype)))
+    rig.close(what, got, truth, floor(truth, others, rig.dtype))
 
 
 def embed(rig: Rig) -> None:
     x = values("embed", (37, 80), rig.dtype, "outlier")
-    same("embed", rig.verb(lambda ops, x, w, m: x, x, {}, x.shape), x)
+    same("embed", rig.verb(lambda ops, x, top, m: x, x, {}, 80), x)
 
 
 @cache
@@ -49,8 +49,8 @@ def linear_answer(
 ) -> tuple[Arr, Arr]:
     """Truth and floor per row; `final` for logits, which are float32."""
     x, w, b = linear_inputs(dtype, regime, rows, shape)
-    truth, emulation = (oracle.linear(p, x, w, b if bias else None, final) for p in (EXACT, oracle.emulated(dtype)))
-    return truth, floor(truth, emulation, "float32" if final else dtype)
+    truth, *others = (oracle.linear(p, x, w, b if bias else None, final) for p in (EXACT, *oracle.emulated(dtype)))
+    return truth, floor(truth, others, "float32" if final else dtype)
 
 
 def linear(rig: Rig, verb: Literal["linear", "linear_reduce"], regime: str, bias: bool) -> None:
@@ -58,49 +58,56 @@ def linear(rig: Rig, verb: Literal["linear", "linear_reduce"], regime: str, bias
         for shape in SHAPES:
             x, w, b = linear_inputs(rig.dtype, regime, rows, shape)
             top = {"w": rig.pack(verb, w, b if bias else None)}
-            got = rig.verb(lambda ops, x, top, m: getattr(ops, verb)(x, top["w"]), x, top, (rows, len(w)))
+            got = rig.verb(lambda ops, x, top, m: getattr(ops, verb)(x, top["w"]), x, top, len(w))
             rig.close(f"{verb}, {rows} rows of {shape}", got, *linear_answer(rig.dtype, regime, rows, shape, bias))
 
 
 def logits(rig: Rig, regime: str) -> None:
-    """Of the last row of one sequence, in float32."""
-    rows, shape = 5, (192, 203)
-    x, w, _ = linear_inputs(rig.dtype, regime, rows, shape)
-    top = {"w": rig.pack("logits", w)}
-    got = rig.verb(lambda ops, x, top, m: ops.logits(ops.last(x, m), top["w"]), x, top, (1, len(w)))
-    truth, floors = linear_answer(rig.dtype, regime, rows, shape, final=True)
-    rig.close("logits", got, truth[-1:], floors[-1:])
+    for rows in ROWS:
+        shape = (192, 203)
+        x, w, _ = linear_inputs(rig.dtype, regime, rows, shape)
+        top = {"w": rig.pack("logits", w)}
+        got = rig.logits(lambda ops, x, top, m: ops.logits(ops.last(x, m), top["w"]), x, top)
+        rig.close(f"logits, {rows} rows", got, *linear_answer(rig.dtype, regime, rows, shape, final=True))
 
 
 def last(rig: Rig) -> None:
     """The last row of each of several sequences."""
     ragged = Ragged((3, 1, 8), rig.page)
     x = values("last", (ragged.rows, 80), rig.dtype)
-    params = Params({"x": rig.pack("embed", x)}, [])
+    params = Params({"x": rig.pack("embed", x), "end": rig.pack("logits", np.eye(80))}, [])
     _, kv = rig.kv(ragged.num_pages, Heads(1, 1, 64))
-    run = rig.compile(lambda ops, params, kv, m: (ops.last(ops.embed(params.top["x"], m), m), kv), params)
-    out, _ = run(kv, ragged.batch(ragged.whole()[0]))
+
+    def step(ops: Any, p: Params, kv: Any, m: Any) -> tuple[Any, Any]:
+        return ops.logits(ops.last(ops.embed(p.top["x"], m), m), p.top["end"]), kv
+
+    out, _ = rig.compile(step, params)(kv, ragged.batch(ragged.whole()[0]))
     same("last", rig.fetch(out, (3, 80)), x[[2, 3, 11]])
 
 
 def qkv(rig: Rig, bias: bool) -> None:
-    parts = (HEADS.q * HEADS.dim, HEADS.kv * HEADS.dim, HEADS.kv * HEADS.dim)
-    shape = (80, sum(parts))
-    x, w, b = linear_inputs(rig.dtype, "normal", 5, shape)
+    """As many kv heads as q heads: q is read back in place of k."""
+    parts, rows = parts_of(MHA), 37
+    x, w, b = linear_inputs(rig.dtype, "normal", rows, (80, sum(parts)))
     top = {"w": rig.pack("linear", w, b if bias else None, parts)}
-    truth, floors = linear_answer(rig.dtype, "normal", 5, shape, bias)
-    at = 0
-    for i, (name, size) in enumerate(zip("qkv", parts, strict=True)):
-        got = rig.verb(lambda ops, x, top, m, i=i: ops.qkv(x, top["w"], HEADS)[i], x, top, (5, size))
-        rig.close(name, got, truth[:, at : at + size], floors)
-        at += size
+    truth, floors = linear_answer(rig.dtype, "normal", rows, (80, sum(parts)), bias)
+    want = np.split(truth.reshape(rows, -1, 64), 3, axis=1)
+
+    def pick(ops: Any, x: Any, top: dict[str, Any], m: Any, which: tuple[int, int]) -> Any:
+        out = ops.qkv(x, top["w"], MHA)
+        return out[0], out[which[0]], out[which[1]]
+
+    for which in ((0, 1), (1, 2)):
+        got = rig.heads(partial(pick, which=which), x, top, MHA)
+        for i, part in zip(which, got, strict=True):
+            rig.close("qkv"[i], part, want[i], np.repeat(floors[:, None], MHA.q, axis=1))
 
 
 def add(rig: Rig, regime: str) -> None:
     """x + linear(x, identity): both operands come from one table, shifted by a row of the identity."""
     x = values("add", (37, 80), rig.dtype, regime)
     top = {"w": rig.pack("linear", np.roll(np.eye(80), 1, axis=1))}
-    got = rig.verb(lambda ops, x, top, m: ops.add(x, ops.linear(x, top["w"])), x, top, x.shape)
+    got = rig.verb(lambda ops, x, top, m: ops.add(x, ops.linear(x, top["w"])), x, top, x.shape[1])
     compare(rig, "add", got, lambda p: oracle.add(p, x, np.roll(x, -1, axis=1)))
 
 
@@ -108,7 +115,7 @@ def rms_norm(rig: Rig, regime: str) -> None:
     for rows in ROWS:
         x, w = values("norm", (rows, 192), rig.dtype, regime), values("norm w", (192,), rig.dtype)
         top = {"w": rig.pack("norm", w)}
-        got = rig.verb(lambda ops, x, top, m: ops.rms_norm(x, top["w"], EPS), x, top, x.shape)
+        got = rig.verb(lambda ops, x, top, m: ops.rms_norm(x, top["w"], EPS), x, top, x.shape[1])
         compare(rig, f"rms_norm of {rows} rows", got, partial(norm_formula, x, w))
 
 
@@ -117,35 +124,36 @@ def norm_formula(x: Arr, w: Arr, p: Precision) -> Arr:
 
 
 def qk_norm(rig: Rig) -> None:
-    """The norm over each head of q and of k."""
-    x, w = values("qk_norm", (5, 10 * 64), rig.dtype), values("qk_norm w", (64,), rig.dtype)
-    top = {"w": rig.pack("norm", w), "heads": rig.pack_heads(HEADS)}
-    split = np.split(x.reshape(5, 10, 64), [6, 8], axis=1)
-    for i in (0, 1):
-        got = rig.verb(
-            lambda ops, x, top, m, i=i: ops.rms_norm(ops.qkv(x, top["heads"], HEADS)[i], top["w"], EPS),
-            x,
-            top,
-            split[i].shape,
-        )
-        compare(rig, f"rms_norm of {'qk'[i]}", got, partial(norm_formula, split[i], w))
+    """The norm over each head of q and of k, with weights of their own."""
+    x = values("qk_norm", (5, 12 * 64), rig.dtype)
+    w = values("qk_norm w", (2, 64), rig.dtype)
+    top = {"q": rig.pack("norm", w[0]), "k": rig.pack("norm", w[1]), "heads": rig.pack_heads(MHA)}
+
+    def normed(ops: Any, x: Any, top: dict[str, Any], m: Any) -> Any:
+        q, k, _ = ops.qkv(x, top["heads"], MHA)
+        q, k = ops.rms_norm(q, top["q"], EPS), ops.rms_norm(k, top["k"], EPS)
+        return q, q, k
+
+    for i, got in enumerate(rig.heads(normed, x, top, MHA)):
+        part = x.reshape(5, 12, 64)[:, 4 * i : 4 * i + 4]
+        compare(rig, f"rms_norm of {'qk'[i]}", got, partial(norm_formula, part, w[i]))
 
 
 def rope(rig: Rig, regime: str) -> None:
     rows = 37
     angles = np.arange(64)[:, None] * 0.7 ** np.arange(32)
     table = oracle.rounded(np.concatenate([np.cos(angles), np.sin(angles)], axis=1), "float32")
-    x = values("rope", (rows, 10 * 64), rig.dtype, regime)
-    top = {"table": rig.pack("rope", table), "heads": rig.pack_heads(HEADS)}
-    split = np.split(x.reshape(rows, 10, 64), [6, 8], axis=1)
+    x = values("rope", (rows, 12 * 64), rig.dtype, regime)
+    top = {"table": rig.pack("rope", table), "heads": rig.pack_heads(MHA)}
 
-    def turned(ops: Any, x: Any, top: dict[str, Any], m: Any, i: int) -> Any:
-        q, k, _ = ops.qkv(x, top["heads"], HEADS)
-        return ops.rope(q, k, top["table"], m)[i]
+    def turned(ops: Any, x: Any, top: dict[str, Any], m: Any) -> Any:
+        q, k, _ = ops.qkv(x, top["heads"], MHA)
+        q, k = ops.rope(q, k, top["table"], m)
+        return q, q, k
 
-    for i in (0, 1):
-        got = rig.verb(partial(turned, i=i), x, top, split[i].shape)
-        compare(rig, f"rope of {'qk'[i]}", got, partial(rope_formula, split[i], table))
+    for i, got in enumerate(rig.heads(turned, x, top, MHA)):
+        part = x.reshape(rows, 12, 64)[:, 4 * i : 4 * i + 4]
+        compare(rig, f"rope of {'qk'[i]}", got, partial(rope_formula, part, table))
 
 
 def rope_formula(x: Arr, table: Arr, p: Precision) -> Arr:
@@ -155,7 +163,7 @@ def rope_formula(x: Arr, table: Arr, p: Precision) -> Arr:
 def gated(rig: Rig, regime: str) -> None:
     for rows in ROWS:
         x = values("gated", (rows, 2 * 96), rig.dtype, regime)
-        got = rig.verb(lambda ops, x, top, m: ops.gated(x, "silu"), x, {}, (rows, 96))
+        got = rig.verb(lambda ops, x, top, m: ops.gated(x, "silu"), x, {}, 96)
         compare(rig, f"gated, {rows} rows", got, partial(gated_formula, x))
 
 
@@ -172,14 +180,12 @@ def add_rms_norm(rig: Rig, regime: str) -> None:
     def total(p: Precision) -> Arr:
         return oracle.add(p, x, residual)
 
+    def picked(ops: Any, x: Any, top: dict[str, Any], m: Any, which: int) -> Any:
+        return ops.add_rms_norm(x, ops.linear(x, top["turn"]), top["w"], EPS)[which]
+
     formulas: tuple[Formula, Formula] = (lambda p: oracle.rms_norm(p, total(p), w, EPS), total)
     for i, what in enumerate(("the norm", "the sum")):
-        got = rig.verb(
-            lambda ops, x, top, m, i=i: ops.add_rms_norm(x, ops.linear(x, top["turn"]), top["w"], EPS)[i],
-            x,
-            top,
-            x.shape,
-        )
+        got = rig.verb(partial(picked, which=i), x, top, 80)
         compare(rig, f"add_rms_norm, {what}", got, formulas[i])
 
 
@@ -187,7 +193,7 @@ def linear_gated(rig: Rig, regime: str) -> None:
     for rows in ROWS:
         x, w, _ = linear_inputs(rig.dtype, regime, rows, (80, 2 * 96))
         top = {"w": rig.pack("linear", w, segments=(96, 96))}
-        got = rig.verb(lambda ops, x, top, m: ops.linear_gated(x, top["w"], "silu"), x, top, (rows, 96))
+        got = rig.verb(lambda ops, x, top, m: ops.linear_gated(x, top["w"], "silu"), x, top, 96)
         compare(rig, f"linear_gated, {rows} rows", got, partial(linear_gated_formula, x, w))
 
 

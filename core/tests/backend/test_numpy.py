@@ -232,7 +232,7 @@ def test_log_probabilities() -> None:
 
 def test_refusals_name_field_value_and_expectation() -> None:
     tiny = Tiny(entry.create(), "float32")
-    with pytest.raises(ValueError, match="from_prev names rows .* but prev is None"):
+    with pytest.raises(ValueError, match="from_prev names rows of the previous samples, but prev is None"):
         tiny.launch(batch_of(([1], 0, [1]), from_prev=[0]))
     with pytest.raises(ValueError, match="num_seqs 9; expected at most 8"):
         tiny.launch(batch_of(*[([1], 0, [1])] * 9))
