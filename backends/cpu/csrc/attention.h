@@ -102,36 +102,43 @@ template <class T> struct Attention {
                 cache.write(c.h->slots[r], h, (const T*)o.p[1] + r * o.n[4] + h * D, (const T*)o.p[2] + r * o.n[5] + h * D);
     }
 
-    void prefetch(const int32_t* pages, int64_t h, int64_t k0, int64_t hi) const {
-        for (int64_t k = k0; k < k0 + BLOCK && k < hi; k += CHUNK) {
-            const char* v = (const char*)cache.v_chunk(pages[k / page], h, k % page);
-            const char* key = (const char*)cache.k_chunk(pages[k / page], h, k % page);
-            const int64_t bytes = CHUNK * D * sizeof(T), row = CHUNK * sizeof(T) * cache.pair;
-            for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(v + b, _MM_HINT_T1);
-            for (int64_t b = 0; b < bytes / row; b++) _mm_prefetch(key + b * page * (row / CHUNK), _MM_HINT_T1);
-        }
+    // The places of the keys and values of a block, by chunks of 16; how many there are.
+    int places(const int32_t* pages, int64_t h, int64_t k0, int64_t hi, const void** k, const void** v) const {
+        int n = 0;
+        for (int64_t i = k0; i < k0 + BLOCK && i < hi; i += CHUNK, n++)
+            k[n] = cache.k_chunk(pages[i / page], h, i % page), v[n] = cache.v_chunk(pages[i / page], h, i % page);
+        return n;
     }
 
     // One block of keys for `rows` query rows; keys at or beyond `kv` hold anything.
     void block(Tile<T>& t, int rows, const int32_t* pages, int64_t h, int64_t k0, int64_t hi, int64_t kv) const {
-        const void* v[BLOCK / CHUNK];
-        int chunks = 0;
-        for (int64_t k = k0; k < k0 + BLOCK && k < hi; k += CHUNK, chunks++) {
-            const void* key = cache.k_chunk(pages[k / page], h, k % page);
-            v[chunks] = cache.v_chunk(pages[k / page], h, k % page);
+        const void *k[BLOCK / CHUNK], *v[BLOCK / CHUNK], *next_k[BLOCK / CHUNK], *next_v[BLOCK / CHUNK];
+        const int chunks = places(pages, h, k0, hi, k, v), next = places(pages, h, k0 + BLOCK, hi, next_k, next_v);
+        for (int i = next; i < chunks; i++) next_k[i] = k[i], next_v[i] = v[i];
+        const int64_t tail = kv - k0 - (chunks - 1) * CHUNK;  // keys written in the last chunk, or more than it holds
+        if (tail < CHUNK) v[chunks - 1] = zero_tail(t.tail, (const T*)v[chunks - 1], tail);
+        for (int i = 0; i < chunks; i++)
             for (int r = 0; r < rows; r += MAX_ROWS)
-                micro_rows<T, V16, false>(rows - r < MAX_ROWS ? rows - r : MAX_ROWS, t.q + r * D, D, {&key, 1, (int)D, page}, 0,
-                                          t.s + r * BLOCK + chunks * CHUNK, BLOCK, false);
-            if (k + CHUNK > kv) v[chunks] = zero_tail(t.tail, (const T*)v[chunks], kv - k);
-        }
+                product(rows - r, r == 0, t.q + r * D, D, {k + i, next_k + i, 1, (int)D, page}, 0,
+                        t.s + r * BLOCK + i * CHUNK, BLOCK, false);
         for (int r = 0; r < rows; r++) {
             int64_t end = t.position[r] + 1, lo = window ? end - window : 0;
             softmax_row(t, r, k0, lo, end, D, o.f[0], o.f[1]);
         }
         for (int r = 0; r < rows; r += MAX_ROWS)
             for (int64_t d = 0; d < D; d += 16)
-                micro_rows<T, V16, false>(rows - r < MAX_ROWS ? rows - r : MAX_ROWS, t.p + r * BLOCK, BLOCK,
-                                          {v, chunks, CHUNK, D}, (int)d, t.o + r * D + d, D, true);
+                product(rows - r, r == 0, t.p + r * BLOCK, BLOCK, {v, next_v, chunks, CHUNK, D}, (int)d,
+                        t.o + r * D + d, D, true);
+    }
+
+    // 16 columns of up to MAX_ROWS rows; the first rows of a tile read ahead for the next block.
+    static void product(int rows, bool first, const Panel<T>* a, int64_t lda, Segments s, int column, float* c, int64_t ldc,
+                        bool accumulate) {
+        if (rows > MAX_ROWS) rows = MAX_ROWS;
+        if (first)
+            micro_rows<T, V16, 1>(rows, a, lda, s, column, c, ldc, accumulate);
+        else
+            micro_rows<T, V16, 0>(rows, a, lda, s, column, c, ldc, accumulate);
     }
 
     const T* zero_tail(T* out, const T* v, int64_t valid) const {
@@ -152,10 +159,7 @@ template <class T> struct Attention {
         }
         memset(t.o, 0, rows * D * sizeof(float));
         int64_t hi = t.position[rows - 1] + 1, lo = window ? t.position[0] + 1 - window : 0;
-        for (int64_t k0 = lo > 0 ? lo / BLOCK * BLOCK : 0; k0 < hi; k0 += BLOCK) {
-            if (rows <= MAX_ROWS) prefetch(pages, h, k0 + BLOCK, hi);
-            block(t, rows, pages, h, k0, hi, kv);
-        }
+        for (int64_t k0 = lo > 0 ? lo / BLOCK * BLOCK : 0; k0 < hi; k0 += BLOCK) block(t, rows, pages, h, k0, hi, kv);
         for (int r = 0; r < rows; r++) {
             int64_t token = (first + r) / G, head = h * G + (first + r) % G;
             T* out = (T*)o.p[4] + (q0 + token) * Hq * D + head * D;

@@ -97,16 +97,22 @@ static void columns(const Op& o, const bf16* a, int64_t lda, int64_t tile, int64
 template <class P, class T>
 static void columns(const Op& o, const P* a, int64_t lda, int64_t tile, int64_t r0, int rows, const T* all) {
     alignas(64) float c[MAX_ROWS * 32];
-    const void* w = all + tile * 32 * o.n[0];
-    Segments s{&w, 1, (int)o.n[0], 32};
+    const void *w = all + tile * 32 * o.n[0], *ahead = (const char*)w + 2048;
+    Segments s{&w, &ahead, 1, (int)o.n[0], 32};
     for (int r = 0; r < rows; r += MAX_ROWS) {
         int m = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
-        if (m * 2 <= MAX_ROWS)  // few rows: all 32 columns at once, reading ahead of a weight that comes from memory
-            micro_rows<T, 2 * V16, true, MAX_ROWS / 2>(m, a + r * lda, lda, s, 0, c, 32, false);
+        const P* x = a + r * lda;
+        if (m * 2 <= MAX_ROWS)  // few rows: all 32 columns at once
+            micro_rows<T, 2 * V16, 2, MAX_ROWS / 2>(m, x, lda, s, 0, c, 32, false);
         else if (V16 == 1)
-            micro_rows<T, 2 * V16, false>(m, a + r * lda, lda, s, 0, c, 32, false);
-        else
-            for (int j = 0; j < 32; j += 16) micro_rows<T, V16, false>(m, a + r * lda, lda, s, j, c + j, 32, false);
+            micro_rows<T, 2 * V16, 2>(m, x, lda, s, 0, c, 32, false);
+        else {
+            if (r == 0)  // the weight comes from memory: read ahead for both halves
+                micro_rows<T, V16, 2>(m, x, lda, s, 0, c, 32, false);
+            else
+                micro_rows<T, V16, 0>(m, x, lda, s, 0, c, 32, false);
+            micro_rows<T, V16, 0>(m, x, lda, s, 16, c + 16, 32, false);
+        }
         store_any(o, c, tile, r0 + r, m);
     }
 }

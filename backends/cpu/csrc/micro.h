@@ -2,6 +2,8 @@
 //
 // b comes in `segments` of `depth` k each (so that a cache's pages need no copy), rows `ldb` columns long: float32
 // [depth][ldb], or bf16 in pairs [depth/2][ldb][2]. Each c is one chain over k ascending, whatever MR and NV are.
+// AHEAD cache lines are prefetched per row of b, spread over the work so that they never queue: those at the same place
+// in `ahead`.
 #pragma once
 #include "vec.h"
 
@@ -19,22 +21,22 @@ template <> struct PanelOf<bf16> { typedef Panel16 type; };
 template <class T> using Panel = typename PanelOf<T>::type;
 
 struct Segments {
-    const void* const* b;
+    const void *const *b, *const *ahead;
     int count, depth;
     int64_t ldb;
 };
 
-template <int MR, int NV, bool AHEAD>
+template <int MR, int NV, int AHEAD>
 static inline void micro(const float* a, int64_t lda, const float*, Segments s, int column, float* c, int64_t ldc,
                          bool accumulate) {
     VF acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = accumulate ? ld(c + i * ldc + j * W) : set1(0.0f);
     for (int g = 0; g < s.count; g++, a += s.depth) {
+        [[maybe_unused]] const int64_t shift = AHEAD ? (const char*)s.ahead[g] - (const char*)s.b[g] : 0;
         const float* b = (const float*)s.b[g] + column;
         for (int k = 0; k < s.depth; k++, b += s.ldb) {
-            if (AHEAD)
-                for (int j = 0; j < NV * W; j += 16) _mm_prefetch((const char*)(b + j) + 2048, _MM_HINT_T0);
+            for (int j = 0; j < AHEAD; j++) _mm_prefetch((const char*)(b + j * 16) + shift, _MM_HINT_T0);
             for (int j = 0; j < NV; j++) {
                 VF x = ld(b + j * W);
                 for (int i = 0; i < MR; i++) acc[i][j] = fma(set1(a[i * lda + k]), x, acc[i][j]);
@@ -46,17 +48,17 @@ static inline void micro(const float* a, int64_t lda, const float*, Segments s, 
 }
 
 #if PX_AVX512
-template <int MR, int NV, bool AHEAD>
+template <int MR, int NV, int AHEAD>
 static inline void micro(const bf16* a, int64_t lda, const bf16*, Segments s, int column, float* c, int64_t ldc,
                          bool accumulate) {
     VF acc[MR][NV];
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = accumulate ? ld(c + i * ldc + j * W) : set1(0.0f);
     for (int g = 0; g < s.count; g++, a += s.depth) {
+        [[maybe_unused]] const int64_t shift = AHEAD ? (const char*)s.ahead[g] - (const char*)s.b[g] : 0;
         const bf16* b = (const bf16*)s.b[g] + 2 * column;
         for (int k = 0; k < s.depth; k += 2, b += 2 * s.ldb) {
-            if (AHEAD)
-                for (int j = 0; j < NV; j++) _mm_prefetch((const char*)(b + j * 32) + 2048, _MM_HINT_T0);
+            for (int j = 0; j < AHEAD; j++) _mm_prefetch((const char*)(b + j * 32) + shift, _MM_HINT_T0);
             __m512bh x[NV];
             for (int j = 0; j < NV; j++) x[j] = (__m512bh)_mm512_loadu_si512(b + j * 32);
             for (int i = 0; i < MR; i++) {
@@ -71,7 +73,7 @@ static inline void micro(const bf16* a, int64_t lda, const bf16*, Segments s, in
         for (int j = 0; j < NV; j++) st(c + i * ldc + j * W, acc[i][j]);
 }
 #else
-template <int MR, int NV, bool AHEAD>
+template <int MR, int NV, int AHEAD>
 static inline void micro(const float* a, int64_t lda, const bf16*, Segments s, int column, float* c, int64_t ldc,
                          bool accumulate) {
     const __m256i high = _mm256_set1_epi32((int)0xffff0000);
@@ -79,10 +81,10 @@ static inline void micro(const float* a, int64_t lda, const bf16*, Segments s, i
     for (int i = 0; i < MR; i++)
         for (int j = 0; j < NV; j++) acc[i][j] = accumulate ? ld(c + i * ldc + j * W) : set1(0.0f);
     for (int g = 0; g < s.count; g++, a += s.depth) {
+        [[maybe_unused]] const int64_t shift = AHEAD ? (const char*)s.ahead[g] - (const char*)s.b[g] : 0;
         const bf16* b = (const bf16*)s.b[g] + 2 * column;
         for (int k = 0; k < s.depth; k += 2, b += 2 * s.ldb) {
-            if (AHEAD)
-                for (int j = 0; j < NV; j += 2) _mm_prefetch((const char*)(b + j * 16) + 2048, _MM_HINT_T0);
+            for (int j = 0; j < AHEAD; j++) _mm_prefetch((const char*)(b + j * 32) + shift, _MM_HINT_T0);
             VF x[NV];
             for (int j = 0; j < NV; j++)
                 x[j] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256((const __m256i*)(b + j * 16)), 16));
@@ -104,7 +106,7 @@ static inline void micro(const float* a, int64_t lda, const bf16*, Segments s, i
 #endif
 
 // `rows` <= MAX_ROWS of 16 columns. T is the type of b.
-template <class T, int NV, bool AHEAD, int MR = MAX_ROWS>
+template <class T, int NV, int AHEAD, int MR = MAX_ROWS>
 static inline void micro_rows(int rows, const Panel<T>* a, int64_t lda, Segments s, int column, float* c, int64_t ldc,
                               bool accumulate) {
     if (rows == MR) return micro<MR, NV, AHEAD>(a, lda, (const T*)nullptr, s, column, c, ldc, accumulate);
