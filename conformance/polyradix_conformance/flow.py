@@ -86,11 +86,16 @@ class Flow:
 
     def check(self, what: str, plan: list[list[Part]]) -> None:
         """Every row of every batch against the oracle."""
+        for n, parts in enumerate(plan):
+            self.checked_step(f"{what}, batch {n}", parts)
+
+    def checked_step(self, what: str, parts: list[Part]) -> Arr:
+        """As step, compared with the oracle."""
         lengths, turn = self.ragged.lengths, self.layers - 1
         truth, floors = expected(self.rig.dtype, self.regime, self.heads, lengths, self.attention, turn)
-        for n, parts in enumerate(plan):
-            ids = np.concatenate([self.ragged.ids(p) for p in parts])
-            self.rig.close(f"{what}, batch {n}", self.step(parts), truth[ids], floors[ids])
+        ids, got = np.concatenate([self.ragged.ids(p) for p in parts]), self.step(parts)
+        self.rig.close(what, got, truth[ids], floors[ids])
+        return got
 
     def export(self, pages: list[int]) -> Arr:
         return self.rig.export(self.kv, pages)

@@ -110,8 +110,7 @@ def batching(rig: Rig) -> None:
     batch invariance, the same bits."""
     flow = flow_of(rig)
     whole = flow.ragged.whole()[0]
-    want = np.zeros((flow.ragged.rows, HEADS.q, HEADS.dim))
-    want[:] = flow.step(whole)
+    want = flow.checked_step("whole", whole)
     plans = {
         "in chunks": flow.ragged.chunked(),
         "with decodes": flow.ragged.mixed(),
