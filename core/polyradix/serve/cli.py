@@ -39,7 +39,7 @@ def _serve(args: argparse.Namespace) -> int:
     from polyradix.serve.run import ServeOptions, serve
 
     serve(
-        EngineConfig(**{name: getattr(args, name) for name in _ENGINE}),
+        EngineConfig(**{name: getattr(args, name) for name in _ENGINE}, progress=args.log_level in ("debug", "info")),
         ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
     )
     return 0

@@ -108,6 +108,7 @@ class Generation:
         self._call = client.call([choice.submit() for choice in choices])
         self._started = started
         self._last: dict[str, float] = {}
+        self._unfinished = "abort"
 
     def __enter__(self) -> Generation:
         try:
@@ -116,19 +117,25 @@ class Generation:
             raise _dead(error) from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self._call.__exit__()
         took = time.monotonic() - self._started
-        unfinished = "error" if kind is ApiError else "abort"
         for choice in self.choices:
-            self._metrics.finished(choice.finish or unfinished, took)
+            self._metrics.finished(choice.finish or self._unfinished, took)
 
     async def next(self) -> list[tuple[Choice, Piece]]:
-        """What is new, at least one piece; empty at the end. Raises ApiError 503 when the engine dies."""
+        """What is new, at least one piece; empty at the end. Raises ApiError when the engine refuses, fails or dies."""
         try:
-            chunks = await self._call.next()
+            return await self._next()
         except EngineDead as error:
+            self._unfinished = "error"
             raise _dead(error) from None
+        except ApiError:
+            self._unfinished = "error"
+            raise
+
+    async def _next(self) -> list[tuple[Choice, Piece]]:
+        chunks = await self._call.next()
         pieces: list[tuple[Choice, Piece]] = []
         for chunk in _merge(chunks):
             choice = self._by_rid[chunk.rid]
@@ -138,7 +145,7 @@ class Generation:
                     self._call.drop(choice.rid)
                 self._observe(choice, len(piece.tokens))
                 pieces.append((choice, piece))
-        return pieces or (await self.next() if chunks else [])
+        return pieces or (await self._next() if chunks else [])
 
     def _observe(self, choice: Choice, tokens: int) -> None:
         now = time.monotonic()

@@ -62,6 +62,18 @@ def test_many_clients_half_hang_up(slow: Any) -> None:
     assert slow.server.client._calls == {}
 
 
+def test_slow_reader_gets_everything(make_live: Any) -> None:
+    with make_live(FakeEngine(lambda _: [97] * 5000, max_context=6000)) as live:
+        body = {"prompt": "x", "max_tokens": 5000, "stream": True, "logprobs": 0}
+        with live.http.stream("POST", TEXT, json=body) as response:
+            live.wait(lambda: live.engine.submits and live.engine.running == 0)  # all of it is waiting for the reader
+            events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    assert "".join(c["text"] for c in choices) == "a" * 5000
+    assert sum(len(c["logprobs"]["tokens"]) for c in choices) == 5000
+    assert [c["finish_reason"] for c in choices] == [None] * (len(choices) - 1) + ["length"]
+
+
 def test_engine_death_ends_everything(slow: Any) -> None:
     def whole() -> httpx.Response:
         return httpx.post(slow.url + TEXT, json={"prompt": "x", "max_tokens": 5000}, timeout=20)
@@ -83,6 +95,7 @@ def test_engine_death_ends_everything(slow: Any) -> None:
     assert slow.error(TEXT, {"prompt": "x"})[0] == 503
     assert slow.http.post("/flush_cache").status_code == 503
     assert slow.metrics()["polyradix_engine_up"] == 0
+    assert slow.metrics()['polyradix_requests_total{outcome="error"}'] == 2
 
 
 def test_engine_that_cannot_start(make_live: Any) -> None:
