@@ -1,8 +1,9 @@
 """Linears on upstream torch for CPUs: oneDNN's packed weights, and a row's bits independent of the batch.
 
-oneDNN picks its code by shape, so a row may round differently in a batch of 1 and of 64. On the processors seen so
-far it does not, but nothing promises it. So each weight shape is tried once, on all batch sizes that occur; where rows
-differ, that shape runs in padded blocks of BLOCK rows, always the same code.
+oneDNN picks its code by shape, so a row may round differently in a batch of 1 and of 64. On the processors seen so far
+it does not, but nothing promises it. So batches run as powers of two, padded with zeros and at most MOST rows, which
+also spares oneDNN from preparing code for ever new shapes; and each weight shape is tried once on all of these sizes.
+Where rows differ, that shape runs in blocks of BLOCK rows only: always the same code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 16
-MOST = 64  # larger batches run in pieces of so many rows, which bounds the sizes to try; costs nothing measurable
+MOST = 64  # more rows at a time are not faster
 
 
 def native_bf16() -> bool:
@@ -35,10 +36,11 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
-        if self.steady:
-            return self._multiply(x) if len(x) <= MOST else torch.cat([self._multiply(p) for p in x.split(MOST)])
-        whole = F.pad(x, (0, 0, 0, -len(x) % BLOCK))
-        return torch.cat([self._multiply(p) for p in whole.split(BLOCK)])[: len(x)]
+        return torch.cat([self._padded(part) for part in x.split(MOST if self.steady else BLOCK)])
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        rows = 1 << (len(x) - 1).bit_length() if self.steady else BLOCK
+        return self._multiply(F.pad(x, (0, 0, 0, rows - len(x))))[: len(x)]
 
 
 def multiplier(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -52,7 +54,7 @@ def multiplier(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[tor
 
 @cache
 def _steady(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, threads: int) -> bool:
-    """Whether rows have the same bits in every batch size up to MOST."""
+    """Whether rows have the same bits in every batch size that is a power of two, up to MOST."""
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random).to(dtype)
     multiply = multiplier(weight, weight[:, 0].contiguous() if bias else None)
@@ -60,8 +62,9 @@ def _steady(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, threads: int
 
 
 def rows_equal(multiply: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> bool:
-    """True when multiply(x[:n]) is the head of multiply(x) for every n, and multiply(x[-n:]) its tail."""
+    """True when multiply gives the first and the last 1, 2, 4... rows of x the same bits as it does among all of x."""
     whole = multiply(x)
+    sizes = [1 << i for i in range((len(x) - 1).bit_length())]
     return all(
-        torch.equal(multiply(x[:n]), whole[:n]) and torch.equal(multiply(x[-n:]), whole[-n:]) for n in range(1, len(x))
+        torch.equal(multiply(x[part]), whole[part]) for n in sizes for part in (slice(n), slice(len(x) - n, None))
     )

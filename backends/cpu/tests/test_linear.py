@@ -39,7 +39,7 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype, steady):
 def test_a_multiplier_that_depends_on_the_batch_is_caught():
     w = numbers(8, 12)
     assert rows_equal(lambda x: (x[:, None] * w).sum(-1), numbers(9, 12))
-    assert not rows_equal(lambda x: (x[:, None] * w).sum(-1) * (1 + 1e-6 * (len(x) == 3)), numbers(9, 12))
+    assert not rows_equal(lambda x: (x[:, None] * w).sum(-1) * (1 + 1e-6 * (len(x) == 2)), numbers(9, 12))
     drifts = lambda x: (x[:, None] * w).sum(-1) + 1e-3 * torch.arange(len(x))[:, None]  # noqa: E731
     assert not rows_equal(drifts, numbers(9, 12))
 
