@@ -119,7 +119,7 @@ def test_logits_outlive_the_next_step_and_buffers_are_reused() -> None:
     assert torch.equal(first, kept)
     shorter = ops.record(step, Params(params.top, params.layers[:2]), kv[:2], LIMITS)
     assert len(program._recorder.buffers) == len(shorter._recorder.buffers)
-    assert len(program._ops) == 4 + 9 * LAYERS
+    assert len(program._ops) == 4 + 10 * LAYERS
 
 
 def test_limits_are_kept_and_other_weights_are_recorded_anew() -> None:
