@@ -29,7 +29,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_cpu import host, ipex, native
 from polyradix_cpu.linear import PackedLinear, native_bf16
-from polyradix_torch import TorchBackend, TorchOps, done, to_numpy
+from polyradix_torch import TorchBackend, TorchOps, done, to_numpy, torch_dtype
 
 PAGE_SIZES = (16, 32, 64, 128)
 
@@ -69,12 +69,14 @@ class NativeBackend(TorchBackend):
         return host.memory()
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
+        torch_dtype(spec.dtype)
         return native.pack(spec, read)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         return native.kv_page_bytes(spec)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        self._check_claimed(spec)
         return native.alloc_kv(spec, pages)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:

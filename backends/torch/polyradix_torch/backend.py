@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import Capabilities
+from polyradix.backend.capabilities import Capabilities, Needs, Unsupported, validate
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -58,7 +58,14 @@ class TorchBackend(ABC):
     def kv_page_bytes(self, spec: KVSpec) -> int:
         return 2 * spec.layers * spec.page_size * spec.kv_heads * spec.head_dim * DTYPE_BYTES[spec.dtype]
 
+    def _check_claimed(self, spec: KVSpec) -> None:
+        """Raises Unsupported for a cache that the capabilities do not claim."""
+        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
+        if reasons:
+            raise Unsupported("KV cache", "; ".join(map(str, reasons)))
+
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        self._check_claimed(spec)
         shape = (pages, spec.page_size, spec.kv_heads, spec.head_dim)
         dtype = torch_dtype(spec.dtype)
         return [tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv") for _ in range(spec.layers)]

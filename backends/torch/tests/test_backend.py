@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -33,9 +35,15 @@ def test_pack_copies_what_it_reads(backend):
     assert weight.sum() == 6
 
 
+@pytest.mark.parametrize(
+    "changed", [{"page_size": 7}, {"head_dim": 1024}, {"dtype": "float16"}], ids=["page_size", "head_dim", "dtype"]
+)
+def test_a_cache_that_is_not_claimed_is_unsupported(backend, changed):
+    with pytest.raises(Unsupported, match=str(next(iter(changed.values())))):
+        backend.alloc_kv(replace(KVSpec(1, 1, 8, 16, "float32"), **changed), 2)
+
+
 def test_unknown_dtypes_are_unsupported(backend):
-    with pytest.raises(Unsupported, match="float16"):
-        backend.alloc_kv(KVSpec(1, 1, 8, 16, "float16"), 2)
     with pytest.raises(Unsupported, match="float16"):
         backend.pack(ParamSpec("e", "embed", (1, 1), "float16"), lambda part="weight": np.ones((1, 1)))
 
