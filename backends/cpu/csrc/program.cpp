@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "sample.h"
 #include "small.h"
 
 template <class T> static void execute(const Op& o, const Context& c) {
@@ -43,4 +44,9 @@ extern "C" __attribute__((visibility("default"))) void px_run(const Op* ops, int
             c.barrier();
         }
     }
+}
+
+extern "C" __attribute__((visibility("default"))) void px_sample(const Samples* samples, int32_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t s = 0; s < samples->S; s++) samples->out[s] = sample_row(*samples, s);
 }

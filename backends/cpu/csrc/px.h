@@ -38,7 +38,16 @@ struct Header {
     const int32_t *tokens, *positions, *slots, *cu_q, *kv_len, *pages, *last;
 };
 
+// As SampleBatch, for S rows of logits; mask may be null. `out` is -1 for a row whose mask allows nothing.
+struct Samples {
+    int64_t S, V;
+    const float *logits, *temperature, *top_p, *min_p;
+    const int32_t *top_k, *seed, *position, *mask;
+    int32_t* out;
+};
+
 extern "C" {
 int px_init();  // 1 when the processor and the system can run this library; call once before px_run
 void px_run(const Op* ops, int32_t count, const Header* header);
+void px_sample(const Samples* samples, int32_t threads);
 }

@@ -43,12 +43,22 @@ class Header(ctypes.Structure):
     )
 
 
+class Samples(ctypes.Structure):
+    _fields_ = (
+        ("S", ctypes.c_int64),
+        ("V", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("logits", "temperature", "top_p", "min_p")),
+        *((name, ctypes.c_void_p) for name in ("top_k", "seed", "position", "mask", "out")),
+    )
+
+
 @dataclass(frozen=True)
 class Library:
-    """A loaded library. `run(ops, count, header)` releases the GIL."""
+    """A loaded library: `run(ops, count, header)` and `sample(samples, threads)`, both without the GIL."""
 
     isa: str
     run: Any
+    sample: Any
 
 
 def cpu_flags() -> set[str]:
@@ -96,4 +106,6 @@ def _open(isa: str) -> Library | None:
         return None
     dll.px_run.restype = None
     dll.px_run.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-    return Library(isa, dll.px_run)
+    dll.px_sample.restype = None
+    dll.px_sample.argtypes = [ctypes.c_void_p, ctypes.c_int32]
+    return Library(isa, dll.px_run, dll.px_sample)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from math import prod
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from polyradix.backend.batch import SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expanded, Expansions, expansion_forced
 from polyradix.backend.protocol import AttnSpec, Compiled, Heads, Limits, Params, Step
 from polyradix_cpu.native.kv import LayerKV
-from polyradix_cpu.native.lib import F32, FUSED_GATE, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op
+from polyradix_cpu.native.lib import F32, FUSED_GATE, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op, Samples
 from polyradix_cpu.native.params import NativeWeight, Tensor
 from polyradix_cpu.native.program import Capacity, Eager, NativeMeta, Program, Recorder
+
+_FLOATS, _INTS = ("temperature", "top_p", "min_p"), ("top_k", "seed", "position")
 
 
 def _stride(x: Tensor) -> int:
@@ -152,6 +157,23 @@ class NativeOps(Expansions):
         """The lowest index of each row's largest value: float32 [rows,V] -> int32 [rows]. Not a verb of a step."""
         rows, width = x.shape
         return self._emit(Kind.ARGMAX, x, (rows,), [x.contiguous()], [width], dtype=torch.int32, seqs=False)[0]
+
+    def sample(self, logits: Tensor, batch: SampleBatch) -> Tensor:
+        """Backend.sample: float32 logits [S,V] -> int32 [S]. Raises ValueError when a row's mask allows no token."""
+        logits = logits.contiguous()
+        seqs, vocab = logits.shape
+        out = torch.empty(seqs, dtype=torch.int32)
+        kept: dict[str, Any] = {n: np.ascontiguousarray(getattr(batch, n), np.float32) for n in _FLOATS}
+        kept |= {n: np.ascontiguousarray(getattr(batch, n), np.int32) for n in _INTS}
+        if batch.mask is not None:
+            kept["mask"] = np.ascontiguousarray(batch.mask, np.int32)
+        samples = Samples(S=seqs, V=vocab, logits=logits.data_ptr(), out=out.data_ptr())
+        for name, x in kept.items():
+            setattr(samples, name, x.ctypes.data)
+        self.library.sample(ctypes.byref(samples), self.threads)
+        if batch.mask is not None and (out < 0).any():
+            raise ValueError("a row of mask allows no token; expected at least one")
+        return out
 
     def _check_gate(self, kind: str) -> None:
         if kind != "silu":
