@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from load import WORKLOADS, Result, Workload, fetch_text, run
+
 from polyradix.engine.tokenizer import load_tokenizer
 from polyradix.graph.checkpoint import open_checkpoint
 

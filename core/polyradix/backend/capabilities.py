@@ -1,4 +1,4 @@
-"""What a backend can do, as one frozen value: the scheduler reads it, conformance checks it, `polyradix check` explains it."""
+"""What a backend can do, as one frozen value that the engine reads, conformance checks and `polyradix check` explains."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Expansions of the fused verbs, and the per-layer loop: what a backend gets for free.
 
-A backend's Ops inherits `Expansions` and overrides a verb only when its own is faster. `POLYRADIX_EXPAND=all` forces every
-fused verb back to its expansion, which is the first thing to try when a result looks wrong.
+A backend's Ops inherits `Expansions` and overrides a verb only when its own is faster. `POLYRADIX_EXPAND=all` forces
+every fused verb back to its expansion, which is the first thing to try when a result looks wrong.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ FUSED = ("add_rms_norm", "linear_gated")
 
 
 class Expansions:
-    """Mixin for Ops. Needs add, rms_norm, linear and gated from the class it is mixed into, and a KV that is a list with
-    one entry per layer if `layers` is inherited too."""
+    """Mixin for Ops. Needs add, rms_norm, linear and gated from the class it is mixed into, and a KV that is a list
+    with one entry per layer if `layers` is inherited too."""
 
     def add_rms_norm(self: Any, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]:
         total = self.add(residual, x)
@@ -26,9 +26,7 @@ class Expansions:
     def linear_gated(self: Any, x: Array, w: Weight, kind: Literal["silu"]) -> Array:
         return self.gated(self.linear(x, w), kind)
 
-    def layers(
-        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV
-    ) -> tuple[Any, KV]:
+    def layers(self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV) -> tuple[Any, KV]:
         out = []
         for layer, layer_kv in zip(params, kv, strict=True):
             carry, layer_kv = body(layer, carry, layer_kv)

@@ -1,8 +1,8 @@
 """The contract between the core and a backend, version 1.0.
 
-Read this file whole before writing a backend; it is meant to be read in one sitting. `Array`, `KV`, `Weight` and `Meta`
-are opaque to the core: it passes them on and never looks inside. Shapes use T tokens and S sequences of one ragged batch
-(both padded by the backend as it likes), H hidden size, D head size, V vocabulary, F feed-forward width.
+Read this file whole before writing a backend; it is meant to be read in one sitting. `Array`, `KV`, `Weight` and
+`Meta` are opaque to the core: it passes them on and never looks inside. Shapes use T tokens and S sequences of one
+ragged batch (both padded by the backend as it likes), H hidden size, D head size, V vocabulary, F feed-forward width.
 
 Rules every backend keeps:
 
@@ -12,8 +12,8 @@ Rules every backend keeps:
 * `attend` writes this batch's k and v into the cache first and reads afterwards.
 * Activations are in the model's dtype, norm statistics and softmax in float32, logits always float32. Graphs use no
   arithmetic operators; every computation is a verb.
-* The result for one token does not depend on what else is in the batch when `caps.batch_invariant` is true: the core then
-  promises users that a prefix hit is bit-exact with a miss.
+* When `caps.batch_invariant` is true, the result for one token does not depend on what else is in the batch: the core
+  then promises users that a prefix hit is bit-exact with a miss.
 * What a capability claims must work; what it does not claim must raise `Unsupported`, never return an answer.
 """
 
@@ -60,7 +60,7 @@ class ParamSpec:
 
 
 class Reader(Protocol):
-    """Gives the host values of one parameter, in the shape of its spec and the spec's dtype (bfloat16 is ml_dtypes')."""
+    """Gives the host values of one parameter, in its spec's shape and dtype (bfloat16 is ml_dtypes')."""
 
     def __call__(self, part: Literal["weight", "bias"] = "weight") -> HostArray: ...
 
@@ -155,7 +155,9 @@ class Backend(Protocol):
     def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
     def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page over all layers, k and v
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
-    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'] samples of the last step
+    def prepare(
+        self, batch: HostBatch, prev: Array | None = None
+    ) -> Meta: ...  # prev: i32[S'], the last samples
     def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit
     def sample(self, logits: Array, batch: SampleBatch) -> Array: ...  # i32[S]; semantics in backend/sampling.py
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs: ...  # of the unscaled logits

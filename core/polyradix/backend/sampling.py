@@ -5,9 +5,10 @@ For one row of float32 logits x over V tokens:
 1. Tokens whose mask bit is 0 are removed.
 2. Temperature 0: the token with the largest logit, the lowest id among equals. Done.
 3. z = x / temperature (float32). Tokens are ranked by z descending, ties by id ascending.
-4. top_k: only the first k ranks stay. 5. top_p: p = softmax(z of what stayed); a token stays if the sum of p over the ranks
-   strictly before it is < top_p (so the token that crosses the boundary stays). 6. min_p: a token stays if
-   p >= min_p * max(p), p taken from step 5 before it removed any.
+4. top_k: only the first k ranks stay.
+5. top_p: p = softmax(z of what stayed); a token stays if the sum of p over the ranks strictly before it is < top_p (so
+   the token that crosses the boundary stays).
+6. min_p: a token stays if p >= min_p * max(p), p taken from step 5 before it removed any.
 7. The token with the largest z + g(seed, position, id), the lowest id among equals, where g is Gumbel noise:
    h = mix(mix(mix(seed) ^ position) ^ id) in uint32, mix being the murmur3 finaliser
    (Appleby, MurmurHash3, public domain): h ^= h>>16; h *= 0x85EBCA6B; h ^= h>>13; h *= 0xC2B2AE35; h ^= h>>16.
@@ -18,12 +19,17 @@ Gumbel-max sampling: Maddison, Tarlow and Minka, "A* Sampling", 2014.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
+from numpy.typing import NDArray
 
 from polyradix.backend.batch import F32, I32, SampleBatch
 
+U32: TypeAlias = NDArray[np.uint32]
 
-def mix(h: np.ndarray) -> np.ndarray:
+
+def mix(h: U32) -> U32:
     """The murmur3 finaliser on uint32 values."""
     h = h ^ (h >> np.uint32(16))
     h = h * np.uint32(0x85EBCA6B)
@@ -32,13 +38,14 @@ def mix(h: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint32(16))
 
 
-def gumbel(seed: int, position: int, ids: np.ndarray) -> F32:
+def gumbel(seed: int, position: int, ids: NDArray[np.integer[Any]]) -> F32:
     """Noise for token ids, float32 of the same shape."""
     with np.errstate(over="ignore"):
         start = mix(np.array([seed & 0xFFFFFFFF], np.uint32)) ^ np.uint32(position & 0xFFFFFFFF)
         h = mix(mix(start) ^ ids.astype(np.uint32))
     u = ((h >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
-    return (-np.log(-np.log(u))).astype(np.float32)
+    noise: F32 = -np.log(-np.log(u))
+    return noise
 
 
 def sample_row(x: F32, batch: SampleBatch, s: int) -> int:
@@ -72,5 +79,6 @@ def sample_row(x: F32, batch: SampleBatch, s: int) -> int:
 def sample_host(logits: F32, batch: SampleBatch) -> I32:
     """All rows: logits [S,V] float32 -> i32[S]. Also the host fallback of backends without a sampler of their own."""
     if batch.greedy and batch.mask is None:
-        return np.argmax(logits, axis=1).astype(np.int32)
+        best: I32 = np.argmax(logits, axis=1).astype(np.int32)
+        return best
     return np.array([sample_row(logits[s], batch, s) for s in range(len(batch.seed))], np.int32)

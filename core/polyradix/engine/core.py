@@ -11,12 +11,11 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from polyradix.backend.capabilities import validate
-from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
+from polyradix.backend.protocol import KV, Array, Backend, DType, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
@@ -52,7 +51,7 @@ class EngineCore:
         self.backend = backend or open_backend(config.device, emulate=config.emulate, **config.backend_options)
         checkpoint = checkpoint or open_checkpoint(config.model, load_format=config.load_format)
         self.spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
-        self.dtype: Any = self._dtype(config)
+        self.dtype = self._dtype(config)
         self.max_context = _max_context(config, self.spec)
         caps = self.backend.caps
         self.page_size = config.page_size or caps.page_sizes[0]
@@ -83,7 +82,7 @@ class EngineCore:
         self._seeds = np.random.default_rng(config.seed)
         self._stats = Stats(pages_total=self.pages - 1)
 
-    def _dtype(self, config: EngineConfig) -> str:
+    def _dtype(self, config: EngineConfig) -> DType:
         if config.dtype != "auto":
             return config.dtype
         return self.spec.dtype if self.spec.dtype in self.backend.caps.dtypes else "float32"
@@ -143,7 +142,11 @@ class EngineCore:
             try:
                 waited += self._launch(plan)
             except Exception as error:
-                chunks += self._fail(plan, error)
+                dropped = self._abort_rows(plan, error)
+                while self._flights:  # plans are applied in launch order
+                    chunks += self._harvest()[1]
+                self.scheduler.apply(plan, np.zeros(len(plan.rows), np.int32))
+                chunks += dropped
         if self._flights and (plan is None or len(self._flights) >= self._depth):
             wait, more = self._harvest()
             waited += wait
@@ -203,18 +206,19 @@ class EngineCore:
                 chosen, ids, values = flight.logprobs
                 logprobs = (chosen.result(), ids.result(), values.result())
         except Exception as error:
-            return time.perf_counter() - begin, self._fail(flight.plan, error)
+            dropped = self._abort_rows(flight.plan, error)
+            self.scheduler.apply(flight.plan, np.zeros(len(flight.plan.rows), np.int32))
+            return time.perf_counter() - begin, dropped
         waited = time.perf_counter() - begin
         outputs = self.scheduler.apply(flight.plan, tokens, logprobs)
         self._stats.output_tokens += sum(len(o.tokens) for o in outputs)
         self._stats.finished += sum(o.finish is not None for o in outputs)
         return waited, [_chunk(o) for o in outputs]
 
-    def _fail(self, plan: Plan, error: Exception) -> list[Chunk]:
-        """Ends the requests of a step that raised, logs it once, and keeps the books straight for the others."""
+    def _abort_rows(self, plan: Plan, error: Exception) -> list[Chunk]:
+        """Ends the requests of a step that raised, and logs it once. The plan must still be applied, for the books."""
         log.error("a step of %d requests failed", len(plan.rows), exc_info=error)
         rids = [r.rid for r in plan.rows if self.scheduler.abort(r.rid)]
-        self.scheduler.apply(plan, np.zeros(len(plan.rows), np.int32))
         return [Chunk(rid=rid, tokens=[], finish="error", error=f"{type(error).__name__}: {error}") for rid in rids]
 
 
@@ -243,5 +247,3 @@ def _chunk(o: Output) -> Chunk:
         prompt_tokens=o.prompt_tokens,
         cached_tokens=o.cached_tokens,
     )
-
-

@@ -55,8 +55,8 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], *, stop: Sequence[str] = (), **params: Any
     ) -> list[Completion]:
-        """Completes all prompts together, in order. `params` are SamplingParams' fields; `stop` ends a completion before
-        the first of these strings. Raises InvalidParam; if one prompt is refused, none is run."""
+        """Completes all prompts together, in order. `params` are SamplingParams' fields; `stop` ends a completion
+        before the first of these strings. Raises InvalidParam; if one prompt is refused, none is run."""
         sampling = msgspec.convert(params, SamplingParams, strict=False)
         if not sampling.ignore_eos:
             stops = tuple({*sampling.stop_token_ids, *self.tokenizer.eos_ids})

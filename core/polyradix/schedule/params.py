@@ -16,8 +16,8 @@ class InvalidParam(ValueError):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """Defaults are OpenAI's. `seed` None draws one per request. `logprobs` None is off, n gives the chosen token's and the
-    n best."""
+    """Defaults are OpenAI's. `seed` None draws one per request. `logprobs` None is off, n gives the chosen token's and
+    the n best."""
 
     max_tokens: int = 16
     temperature: float = 1.0
