@@ -1,4 +1,4 @@
-"""What a backend can do, as one frozen value that the engine reads, conformance checks and `polyradix check` explains."""
+"""What a backend can do, as one frozen value that the engine reads, conformance checks and `check` explains."""
 
 from __future__ import annotations
 
