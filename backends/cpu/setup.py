@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
@@ -58,5 +59,16 @@ class BuildPy(build_py):
         return [*super().get_outputs(include_bytecode), *map(str, getattr(self, "native", []))]
 
 
+class BdistWheel(bdist_wheel):
+    """One wheel for every Python and torch version, but of this platform."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.root_is_pure = False
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 if __name__ == "__main__":
-    setup(cmdclass={"build_py": BuildPy})
+    setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
