@@ -79,7 +79,7 @@ template <class T> static void gated(const Op& o, const Context& c) {
     }
 }
 
-// The lowest index of the largest value, or of the first NaN, as NumPy has it.
+// The lowest index of the largest value; a NaN counts as one of the largest.
 static inline int32_t argmax_row(const float* x, int64_t n) {
     VF top = set1(-INFINITY);
     int64_t i = 0;
