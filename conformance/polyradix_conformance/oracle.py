@@ -165,7 +165,7 @@ def sample(x: Arr, r: SampleRow) -> set[int]:
 
 def gumbel(seed: int, position: int, token: int) -> float:
     h = _mix(_mix(_mix(seed & 0xFFFFFFFF) ^ (position & 0xFFFFFFFF)) ^ token)
-    u = float(np.float32(((h >> 8) + 0.5) * 2.0**-24))
+    u = float(np.float32(((h >> 9) + 0.5) * 2.0**-23))
     return -math.log(-math.log(u))
 
 

@@ -14,7 +14,7 @@ static inline uint32_t mix(uint32_t h) {  // murmur3's finaliser (Appleby, publi
 }
 
 static inline float gumbel(uint32_t start, int32_t id) {
-    float u = ((float)(mix(start ^ (uint32_t)id) >> 8) + 0.5f) * 0x1p-24f;
+    float u = ((float)(mix(start ^ (uint32_t)id) >> 9) + 0.5f) * 0x1p-23f;
     return -logf(-logf(u));
 }
 

@@ -12,7 +12,7 @@ For one row of float32 logits x over V tokens:
 7. The token with the largest z + g(seed, position, id), the lowest id among equals, where g is Gumbel noise:
    h = mix(mix(mix(seed) ^ position) ^ id) in uint32, mix being the murmur3 finaliser
    (Appleby, MurmurHash3, public domain): h ^= h>>16; h *= 0x85EBCA6B; h ^= h>>13; h *= 0xC2B2AE35; h ^= h>>16.
-   u = ((h >> 8) + 0.5) * 2**-24 in float32; g = -log(-log(u)).
+   u = ((h >> 9) + 0.5) * 2**-23 in float32, so that u is exact and never 1; g = -log(-log(u)).
 
 Gumbel-max sampling: Maddison, Tarlow and Minka, "A* Sampling", 2014.
 """
@@ -43,7 +43,7 @@ def gumbel(seed: int, position: int, ids: NDArray[np.integer[Any]]) -> F32:
     with np.errstate(over="ignore"):
         start = mix(np.array([seed & 0xFFFFFFFF], np.uint32)) ^ np.uint32(position & 0xFFFFFFFF)
         h = mix(mix(start) ^ ids.astype(np.uint32))
-    u = ((h >> np.uint32(8)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-24)
+    u = ((h >> np.uint32(9)).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
     noise: F32 = -np.log(-np.log(u))
     return noise
 
