@@ -66,7 +66,7 @@ static int32_t sample_row(const Samples& a, int64_t s) {
     const bool narrowed = temperature != 0 && (a.top_k[s] > 0 || a.top_p[s] < 1 || a.min_p[s] > 0);
     if (narrowed) c.narrow(a.top_k[s], a.top_p[s], a.min_p[s]);
     const uint32_t start = mix(mix((uint32_t)a.seed[s]) ^ (uint32_t)a.position[s]);
-    const float most = 17.4f;  // no noise is larger: -log(-log(1 - 2^-25)) is 17.33
+    const float most = 16.7f;  // no noise is larger: -log(-log(1 - 2^-24)) is 16.64
     float best = -INFINITY;
     int32_t chosen = c.ids[0];
     for (int32_t id : c.ids) {
