@@ -22,7 +22,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +48,15 @@ def serving(command: str, log: Path) -> Iterator[tuple[str, str]]:
         try:
             yield url, _wait(url, child, log)
         finally:
-            os.killpg(child.pid, signal.SIGTERM)
-            try:
-                child.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(child.pid, signal.SIGKILL)
+            _end(child)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(20)
 
 
 def _wait(url: str, child: subprocess.Popen[bytes], log: Path) -> str:
@@ -61,6 +65,7 @@ def _wait(url: str, child: subprocess.Popen[bytes], log: Path) -> str:
         if child.poll() is not None:
             raise RuntimeError(f"the server ended with {child.returncode}; see {log}")
         try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()  # raises while the model is loading
             with urllib.request.urlopen(f"{url}/v1/models", timeout=2) as answer:
                 return str(json.load(answer)["data"][0]["id"])
         except OSError:
@@ -98,10 +103,10 @@ def _counters(url: str) -> dict[str, float]:
 
 
 def _overhead(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    steps = after.get("polyradix_steps_total", 0) - before.get("polyradix_steps_total", 0)
+    steps = after.get("polyradix_engine_steps_total", 0) - before.get("polyradix_engine_steps_total", 0)
     if not steps:
         return {}
-    host = after["polyradix_host_seconds_total"] - before["polyradix_host_seconds_total"]
+    host = after["polyradix_engine_host_seconds_total"] - before["polyradix_engine_host_seconds_total"]
     return {"host_ms_per_step": round(1000 * host / steps, 3)}
 
 

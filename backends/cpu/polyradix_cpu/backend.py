@@ -32,6 +32,7 @@ from polyradix_cpu.linear import PackedLinear, native_bf16
 from polyradix_torch import TorchBackend, TorchOps, done, to_numpy, torch_dtype
 
 PAGE_SIZES = (16, 32, 64, 128)
+STEP_TOKENS = 512  # products are at their full speed from about 100 rows; more would only keep decodes waiting
 
 
 class TorchCPUBackend(TorchBackend):
@@ -90,7 +91,7 @@ class NativeBackend(TorchBackend):
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         if batch.greedy and batch.mask is None:
             return self._native.argmax(logits)
-        return super().sample(logits, batch)
+        return self._native.sample(logits, batch)
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
         return native.copy_pages(kv, src, dst)
@@ -131,6 +132,7 @@ def _capabilities(
         max_head_dim=max_head_dim,
         head_dim_multiple=multiple,
         features=FEATURES,
+        step_tokens=STEP_TOKENS,
         batch_invariant=invariant,
         notes=tuple(notes),
     )
