@@ -95,10 +95,11 @@ def ceilings(threads: int) -> tuple[float, float]:
     return read, 12 * lib.lanes() * n * threads / best(lambda: lib.products(n, threads), 5)
 
 
-def batch(spec: ModelSpec, seqs: int, new: int, context: int, page: int) -> HostBatch:
-    """`seqs` sequences of `context` tokens, the newest `new` of which are this batch's."""
+def batch(spec: ModelSpec, seqs: int, new: int, context: int, page: int, shared: int) -> HostBatch:
+    """`seqs` sequences of `context` tokens: the first `shared` in common, the newest `new` in this batch."""
     per = -(-context // page)
     pages = np.random.default_rng(0).permutation(np.arange(1, seqs * per + 1)).reshape(seqs, per).astype(np.int32)
+    pages[:, : shared // page] = pages[0, : shared // page]
     positions = np.tile(np.arange(context - new, context, dtype=np.int32), seqs)
     owner = np.repeat(np.arange(seqs), new)
     cu = np.arange(0, seqs * new + 1, new, dtype=np.int32)
@@ -143,18 +144,20 @@ def main() -> None:
     layer = sum(w.data.numel() for w in params.layers[0].values()) * spec.layers
     head, size = params.top["logits"].data.numel(), params.top["logits"].data.element_size()
     heads: Heads = spec.heads
-    for name, seqs, new, context in (
-        ("decode 1", 1, 1, 256), ("decode 4", 4, 1, 256), ("decode 16", 16, 1, 256), ("decode 16", 16, 1, 1024),
-        ("decode 64", 64, 1, 256), ("prefill 128", 1, 128, 128), ("prefill 1024", 1, 1024, 1024),
+    for name, seqs, new, context, shared in (
+        ("decode 1", 1, 1, 256, 0), ("decode 4", 4, 1, 256, 0), ("decode 16", 16, 1, 256, 0),
+        ("decode 16", 16, 1, 1024, 0), ("decode 16", 16, 1, 1024, 960), ("decode 64", 64, 1, 256, 0),
+        ("prefill 128", 1, 128, 128, 0), ("prefill 1024", 1, 1024, 1024, 0), ("16 x 32", 16, 32, 1024, 960),
     ):  # fmt: skip
-        host = batch(spec, seqs, new, context, args.page)
+        host = batch(spec, seqs, new, context, args.page, shared)
         seconds = best(lambda: run(params, kv, NativeMeta(host)), 12 if new == 1 else 4)  # noqa: B023
         keys = seqs * (new * context - new * (new - 1) // 2)
         work = seqs * new * layer + seqs * head + 2 * keys * heads.q * heads.dim * spec.layers
-        cache = 2 * seqs * context * heads.kv * heads.dim * size * spec.layers
+        cache = 2 * (seqs * (context - shared) + shared) * heads.kv * heads.dim * size * spec.layers
         bytes_read = (layer + head) * size + cache
         print(
-            f"{name:>13} context {context:5}: {seconds * 1e3:8.2f} ms {seqs * new / seconds:8.0f} tok/s, "
+            f"{name:>13} context {context:5} ({shared:4} shared): {seconds * 1e3:8.2f} ms, "
+            f"{seqs * new / seconds:5.0f} tok/s, "
             f"{bytes_read / seconds / read:4.0%} of reads, {work / seconds / products:4.0%} of multiply-adds"
         )
 

@@ -8,7 +8,7 @@
 #include "context.h"
 #include "micro.h"
 
-static constexpr int TILE = 4 * MAX_ROWS, BLOCK = 64, CHUNK = 16;
+static constexpr int FEW = MAX_ROWS / 2, TILE = 4 * MAX_ROWS, BLOCK = 64, CHUNK = 16;
 
 template <class T> struct Cache {  // one layer's pages, as one head sees them
     T* base;
@@ -117,7 +117,8 @@ template <class T> struct Attention {
         for (int i = next; i < chunks; i++) next_k[i] = k[i], next_v[i] = v[i];
         const int64_t tail = kv - k0 - (chunks - 1) * CHUNK;  // keys written in the last chunk, or more than it holds
         if (tail < CHUNK) v[chunks - 1] = zero_tail(t.tail, (const T*)v[chunks - 1], tail);
-        for (int i = 0; i < chunks; i++)
+        if (rows <= FEW) few_scores(t, rows, k, next_k, chunks);
+        for (int i = 0; rows > FEW && i < chunks; i++)
             for (int r = 0; r < rows; r += MAX_ROWS)
                 product(rows - r, r == 0, t.q + r * D, D, {k + i, next_k + i, 1, (int)D, page}, 0,
                         t.s + r * BLOCK + i * CHUNK, BLOCK, false);
@@ -125,10 +126,25 @@ template <class T> struct Attention {
             int64_t end = t.position[r] + 1, lo = window ? end - window : 0;
             softmax_row(t, r, k0, lo, end, D, o.f[0], o.f[1]);
         }
-        for (int r = 0; r < rows; r += MAX_ROWS)
+        const bool few = rows <= FEW && D % (4 * W) == 0;
+        for (int64_t d = 0; few && d < D; d += 4 * W)
+            micro_rows<T, 4, W / 4, FEW>(rows, t.p, BLOCK, {v, next_v, chunks, CHUNK, D}, (int)d, t.o + d, D, true);
+        for (int r = 0; !few && r < rows; r += MAX_ROWS)
             for (int64_t d = 0; d < D; d += 16)
                 product(rows - r, r == 0, t.p + r * BLOCK, BLOCK, {v, next_v, chunks, CHUNK, D}, (int)d,
                         t.o + r * D + d, D, true);
+    }
+
+    // Scores of at most FEW rows, four vectors of keys at a time: the rows of one decode token make too few chains by
+    // themselves. Vectors beyond the last chunk repeat it; their scores are masked.
+    void few_scores(Tile<T>& t, int rows, const void* const* k, const void* const* next, int chunks) const {
+        const T *b[BLOCK / W], *ahead[BLOCK / W];
+        for (int j = 0; j < BLOCK / W; j++) {
+            const int i = j / V16 < chunks ? j / V16 : chunks - 1, lane = j % V16 * W * cache.pair;
+            b[j] = (const T*)k[i] + lane, ahead[j] = (const T*)next[i] + lane;
+        }
+        for (int j = 0; j < chunks * V16; j += 4)
+            fan_rows<T, 4, FEW>(rows, t.q, D, b + j, ahead + j, page, (int)D, t.s + j * W, BLOCK);
     }
 
     // 16 columns of up to MAX_ROWS rows; the first rows of a tile read ahead for the next block.

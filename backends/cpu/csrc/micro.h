@@ -113,6 +113,53 @@ static inline void micro_rows(int rows, const Panel<T>* a, int64_t lda, Segments
     if constexpr (MR > 1) micro_rows<T, NV, AHEAD, MR - 1>(rows, a, lda, s, column, c, ldc, accumulate);
 }
 
+// The same for few rows over vectors that lie apart: c[MR][NV vectors] = a[MR][depth] * b[j][depth], where b[j] points to
+// the vector of k = 0 and b's rows are `ldb` columns long. Many vectors at once hide the latency of a chain; `ahead[j]`
+// is what to read ahead beside b[j].
+template <class T, int MR, int NV>
+static inline void fan(const Panel<T>* a, int64_t lda, const T* const* b, const T* const* ahead, int64_t ldb, int depth,
+                       float* c, int64_t ldc) {
+    VF acc[MR][NV];
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) acc[i][j] = set1(0.0f);
+    if constexpr (sizeof(T) == 4) {
+        for (int k = 0; k < depth; k++)
+            for (int j = 0; j < NV; j++) {
+                if (j % V16 == 0) _mm_prefetch((const char*)(ahead[j] + k * ldb), _MM_HINT_T0);
+                VF x = ld(b[j] + k * ldb);
+                for (int i = 0; i < MR; i++) acc[i][j] = fma(set1(a[i * lda + k]), x, acc[i][j]);
+            }
+    } else {
+        for (int k = 0; k < depth; k += 2)
+            for (int j = 0; j < NV; j++) {
+                if (j % V16 == 0) _mm_prefetch((const char*)(ahead[j] + k * ldb), _MM_HINT_T0);
+#if PX_AVX512
+                __m512bh x = (__m512bh)_mm512_loadu_si512(b[j] + k * ldb);
+                for (int i = 0; i < MR; i++) {
+                    int32_t pair;
+                    memcpy(&pair, a + i * lda + k, 4);
+                    acc[i][j] = _mm512_dpbf16_ps(acc[i][j], (__m512bh)_mm512_set1_epi32(pair), x);
+                }
+#else
+                __m256i x = _mm256_loadu_si256((const __m256i*)(b[j] + k * ldb));
+                VF even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+                VF odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
+                for (int i = 0; i < MR; i++) acc[i][j] = fma(set1(a[i * lda + k]), even, acc[i][j]);
+                for (int i = 0; i < MR; i++) acc[i][j] = fma(set1(a[i * lda + k + 1]), odd, acc[i][j]);
+#endif
+            }
+    }
+    for (int i = 0; i < MR; i++)
+        for (int j = 0; j < NV; j++) st(c + i * ldc + j * W, acc[i][j]);
+}
+
+template <class T, int NV, int MR>
+static inline void fan_rows(int rows, const Panel<T>* a, int64_t lda, const T* const* b, const T* const* ahead, int64_t ldb,
+                            int depth, float* c, int64_t ldc) {
+    if (rows == MR) return fan<T, MR, NV>(a, lda, b, ahead, ldb, depth, c, ldc);
+    if constexpr (MR > 1) fan_rows<T, NV, MR - 1>(rows, a, lda, b, ahead, ldb, depth, c, ldc);
+}
+
 static inline void widen(const float* x, float* out, int64_t n) { memcpy(out, x, n * 4); }
 static inline void widen(const bf16* x, bf16* out, int64_t n) { memcpy(out, x, n * 2); }
 static inline void widen(const bf16* x, float* out, int64_t n) { PX_EACH(i, n, S(out, L(x));) }
