@@ -46,7 +46,9 @@ tests-core: .venv-core/tested
 
 tests: .venv/tested
 	$(call pytest,$(BIN)) ci/tests core/tests/reference backends/torch/tests backends/cpu/tests conformance/tests
-	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*'
+	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*' \
+	  --ignore=backends/cpu/tests/test_engine.py
+	for kernels in native torch; do POLYRADIX_CPU_KERNELS=$$kernels $(BIN)/conform run --backend cpu; done
 
 bench: .venv/served
 	$(BIN)/python bench/cpu.py $(ARGS)
