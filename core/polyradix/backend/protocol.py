@@ -155,9 +155,7 @@ class Backend(Protocol):
     def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
     def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page over all layers, k and v
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
-    def prepare(
-        self, batch: HostBatch, prev: Array | None = None
-    ) -> Meta: ...  # prev: i32[S'], the last samples
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'], the last samples
     def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit
     def sample(self, logits: Array, batch: SampleBatch) -> Array: ...  # i32[S]; semantics in backend/sampling.py
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs: ...  # of the unscaled logits
