@@ -47,6 +47,7 @@ WORKLOADS = (
     Workload("c16", 16, 16, 0, 128, 128),
     Workload("c64", 64, 64, 0, 128, 128),
     Workload("shared", 64, 16, 1024, 32, 32),
+    Workload("prefill", 64, 16, 1024, 32, 1),  # the same prompts: how long prefill alone takes
 )
 
 
