@@ -19,7 +19,7 @@ MOST = 64  # more rows at a time are not faster
 
 
 def native_bf16() -> bool:
-    """True when this processor multiplies bfloat16 itself; if not, torch is up to 15 times slower than in float32."""
+    """True when this processor multiplies bfloat16 itself; if not, torch is up to 7 times slower than in float32."""
     cpu = torch.backends.cpu.get_cpu_capability()
     if cpu.startswith(("AVX", "DEFAULT", "NO AVX")):
         return bool(torch.cpu._is_avx512_bf16_supported())
