@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from polyradix.backend.capabilities import validate
-from polyradix.backend.protocol import KV, Array, Backend, DType, HostArray, Limits
+from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
@@ -51,7 +51,7 @@ class EngineCore:
         self.backend = backend or open_backend(config.device, emulate=config.emulate, **config.backend_options)
         checkpoint = checkpoint or open_checkpoint(config.model, load_format=config.load_format)
         self.spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
-        self.dtype = self._dtype(config)
+        self.dtype = self.spec.choose_dtype(config.dtype, self.backend.caps.dtypes)
         self.max_context = _max_context(config, self.spec)
         caps = self.backend.caps
         self.page_size = config.page_size or caps.page_sizes[0]
@@ -82,11 +82,6 @@ class EngineCore:
         self._seeds = np.random.default_rng(config.seed)
         self._stats = Stats(pages_total=self.pages - 1)
 
-    def _dtype(self, config: EngineConfig) -> DType:
-        if config.dtype != "auto":
-            return config.dtype
-        return self.spec.dtype if self.spec.dtype in self.backend.caps.dtypes else "float32"
-
     def _page_count(self, config: EngineConfig, page_bytes: int) -> int:
         """Pages including the scratch page, from the option or from the free memory, but no more than can be used."""
         per_seq = -(-self.max_context // self.page_size)
@@ -107,17 +102,10 @@ class EngineCore:
 
     def submit(self, rid: str, tokens: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
         """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served."""
-        params.check()
         tokens = np.asarray(tokens, np.int32)
-        if len(tokens) == 0:
-            raise InvalidParam("prompt", [], "at least one token")
-        if len(tokens) >= self.max_context:
-            raise InvalidParam(
-                "prompt", f"{len(tokens)} tokens", f"fewer than the context of {self.max_context} tokens"
-            )
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.spec.vocab:
-            raise InvalidParam("prompt", low if low < 0 else high, f"token ids from 0 to {self.spec.vocab - 1}")
+        strange = tokens[(tokens < 0) | (tokens >= self.spec.vocab)]
+        if len(strange):
+            raise InvalidParam("prompt", int(strange[0]), f"token ids from 0 to {self.spec.vocab - 1}")
         seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
         self.scheduler.add(Request(rid, tokens, params, eos, namespace, _fold32(seed)))

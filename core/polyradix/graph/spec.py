@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from polyradix.backend.capabilities import Needs
 from polyradix.backend.protocol import DType, Heads, KVSpec
@@ -78,6 +78,12 @@ class ModelSpec:
 
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
         return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype)
+
+    def choose_dtype(self, asked: DType | Literal["auto"], offered: frozenset[str]) -> DType:
+        """What was asked for; for `auto` the checkpoint's own dtype if the backend offers it, else float32."""
+        if asked != "auto":
+            return asked
+        return self.dtype if self.dtype in offered else "float32"
 
     def needs(self, dtype: DType) -> Needs:
         wanted = {

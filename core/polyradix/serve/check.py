@@ -6,7 +6,6 @@ import math
 from typing import Literal
 
 from polyradix.backend.capabilities import validate
-from polyradix.backend.protocol import DType
 from polyradix.backend.registry import discover, open_backend
 from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.graph.dense import tensor_shapes
@@ -28,13 +27,13 @@ def check(
     caps = backend.caps
     checkpoint = open_checkpoint(model, load_format=load_format)
     spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
-    chosen: DType = dtype if dtype != "auto" else spec.dtype if spec.dtype in caps.dtypes else "float32"
+    chosen = spec.choose_dtype(dtype, caps.dtypes)
     reasons = [f"{model} {reason}" for reason in validate(spec.needs(chosen), caps, page_size)]
-    missing = sorted(tensor_shapes(spec).keys() - checkpoint.names)
+    shapes = tensor_shapes(spec)
+    missing = sorted(shapes.keys() - checkpoint.names)
     if missing:
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    shapes = tensor_shapes(spec).values()
-    weights = sum(math.prod(shape) for shape in shapes) * _BYTES[chosen]
+    weights = sum(math.prod(shape) for shape in shapes.values()) * _BYTES[chosen]
     page_size = page_size or caps.page_sizes[0]
     page = backend.kv_page_bytes(spec.kv_spec(page_size, chosen)) if not reasons else 0
     memory = backend.memory()
