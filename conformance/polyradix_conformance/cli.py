@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from polyradix.backend.protocol import Backend
 from polyradix.backend.registry import DeviceError, open_backend
 from polyradix_conformance.cases import Case, all_cases
 from polyradix_conformance.runner import Result, report, run, verdict
@@ -29,12 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, cases: list[Case], partial: bool) -> int:
+    def open(tp: int) -> Backend:
+        ranks = {} if tp == 1 else {"tp": tp}
+        return open_backend(args.backend, emulate=args.emulate, **ranks, **dict(args.option))
+
     try:
-        backend = open_backend(args.backend, emulate=args.emulate, **dict(args.option))
+        backend = open(1)
     except (DeviceError, TypeError, ValueError) as e:
         print(f"conform: {e}", file=sys.stderr)
         return 2
-    results = run(cases, lambda: backend, lambda r: _show(r, args.verbose))
+    results = run(cases, lambda tp: backend if tp == 1 else open(tp), lambda r: _show(r, args.verbose))
     made = report(backend, args.backend, dict(args.option), args.profile, partial, results)
     if args.output:
         args.output.write_text(json.dumps(made, indent=1) + "\n")

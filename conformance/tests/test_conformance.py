@@ -25,6 +25,18 @@ def failures(results: list[Result]) -> list[Result]:
     return [r for r in results if not r.good]
 
 
+def opening(make: Callable[[], Any]) -> Callable[[int], Any]:
+    """A backend of one rank, that cannot be split."""
+
+    def open(tp: int) -> Any:
+        if tp > 1:
+            raise Unsupported(f"tp {tp}")
+        return backend
+
+    backend = make()
+    return open
+
+
 def claiming(**changes: Any) -> NumpyBackend:
     """A NumPy backend with other claims, and nothing behind them."""
     backend = numpy.entry.create()
@@ -33,7 +45,7 @@ def claiming(**changes: Any) -> NumpyBackend:
 
 
 def test_numpy_passes_every_case() -> None:
-    results = run(CASES, numpy.entry.create)
+    results = run(CASES, opening(numpy.entry.create))
     assert failures(results) == []
     assert len(results) > 200
     assert {r.status for r in results} == {"pass"}
@@ -41,11 +53,11 @@ def test_numpy_passes_every_case() -> None:
 
 def test_numpy_passes_when_launches_are_asynchronous() -> None:
     cases = [c for c in CASES if c.layer != "L1" or c.id.startswith(("L1/sample", "L1/logprobs", "L1/add"))]
-    assert failures(run(cases, lambda: numpy.entry.create(async_launch=True))) == []
+    assert failures(run(cases, opening(lambda: numpy.entry.create(async_launch=True)))) == []
 
 
 def test_null_fails_every_case_but_those_on_claims_and_zeros() -> None:
-    results = run(CASES, null.entry.create)
+    results = run(CASES, opening(null.entry.create))
     assert verdict(results) is not None
     passed = {r.id.split("/")[1] for r in results if r.status == "pass"}
     assert passed <= {"methods", "capabilities", "memory", "page_bytes", "zeroed"}
@@ -54,7 +66,7 @@ def test_null_fails_every_case_but_those_on_claims_and_zeros() -> None:
 @pytest.mark.parametrize("name", SABOTAGES)
 def test_sabotage_is_killed(name: str, record_property: Callable[[str, object], None]) -> None:
     order = sorted(CASES, key=lambda c: c.needs.dtype)  # bfloat16 first: its tolerance is the wider one
-    killer = next((r for c in order if not (r := run_case(c, SABOTAGES[name]())).good), None)
+    killer = next((r for c in order if not (r := run_case(c, opening(SABOTAGES[name]))).good), None)
     assert killer is not None, f"{name} passes every case"
     assert killer.status == "fail"
     record_property("killed_by", killer.id)
@@ -73,7 +85,7 @@ def by_id(id: str) -> Case:
     ],
 )
 def test_an_answer_that_is_not_claimed_is_a_failure(id: str, changes: dict[str, Any]) -> None:
-    result = run_case(by_id(id), claiming(**changes))
+    result = run_case(by_id(id), opening(lambda: claiming(**changes)))
     assert result.status == "fail"
     assert "answered instead of raising Unsupported" in result.detail
 
@@ -87,7 +99,7 @@ def test_an_answer_that_is_not_claimed_is_a_failure(id: str, changes: dict[str, 
     ],
 )
 def test_what_is_not_claimed_and_declined_is_unsupported(id: str, changes: dict[str, Any]) -> None:
-    result = run_case(by_id(id), claiming(**changes))
+    result = run_case(by_id(id), opening(lambda: claiming(**changes)))
     assert result.status == "unsupported"
     assert "the backend offers" in result.detail
 
@@ -97,7 +109,7 @@ def test_what_is_claimed_must_not_be_declined() -> None:
         def sample(self, logits: Any, batch: Any) -> Any:
             raise Unsupported("sampling")
 
-    result = run_case(by_id("L1/sample/greedy/float32"), Coy("float32", False))
+    result = run_case(by_id("L1/sample/greedy/float32"), opening(lambda: Coy("float32", False)))
     assert result.status == "fail"
     assert "claimed, and declined: unsupported: sampling" in result.detail
 
@@ -111,7 +123,7 @@ def test_a_backend_that_declines_everything_is_not_conformant() -> None:
         def pack(self, spec: Any, read: Any) -> Any:
             raise Unsupported("everything")
 
-    results = run([c for c in CASES if c.layer == "L1"], Decline)
+    results = run([c for c in CASES if c.layer == "L1"], opening(Decline))
     assert {r.status for r in results} == {"unsupported"}
     assert verdict(results) == "no case passed"
 
@@ -121,7 +133,7 @@ def test_a_crash_is_an_error_and_not_a_pass() -> None:
         def prepare(self, batch: Any, prev: Any = None) -> Any:
             raise RuntimeError("the device is gone")
 
-    result = run_case(by_id("L1/embed/float32"), Crash("float32", False))
+    result = run_case(by_id("L1/embed/float32"), opening(lambda: Crash("float32", False)))
     assert (result.status, result.detail) == ("error", "RuntimeError: the device is gone")
 
 

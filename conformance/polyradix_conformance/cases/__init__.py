@@ -1,16 +1,16 @@
-"""The list of cases. A module registers its own with `case`; a new profile is a new module imported in `all_cases`."""
+"""The list of cases. Every module of this folder registers its own with `case`; a new profile is a new module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pkgutil import iter_modules
 
 from polyradix.backend.capabilities import Needs
 from polyradix_conformance.rig import Rig
 
 Body = Callable[[Rig], None]
-MODULES = ("surface", "verbs", "attention", "sampling", "state")
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,24 @@ _CASES: dict[str, Case] = {}
 
 
 def case(
-    id: str, dtype: str, body: Body, head_dim: int = 64, features: tuple[str, ...] = (), page_size: int | None = None
+    id: str,
+    dtype: str,
+    body: Body,
+    head_dim: int = 64,
+    features: tuple[str, ...] = (),
+    page_size: int | None = None,
+    tp: int = 1,
+    profile: str = "dense",
 ) -> None:
-    """Registers a case; its full id ends with the dtype."""
+    """Registers a case; its full id ends with the dtype. With `tp` its rig's backend is split over that many ranks."""
     full = f"{id}/{dtype}"
     if full in _CASES:
         raise ValueError(f"case id {full!r} is used twice")
-    _CASES[full] = Case(full, Needs(dtype, head_dim, frozenset(features)), body, page_size)
+    _CASES[full] = Case(full, Needs(dtype, head_dim, frozenset(features), tp), body, page_size, profile)
 
 
 def all_cases() -> list[Case]:
     """Every case, layer by layer."""
-    for name in MODULES:
-        import_module(f"{__name__}.{name}")
+    for module in iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
     return sorted(_CASES.values(), key=lambda c: c.layer)

@@ -31,6 +31,7 @@ class Capabilities:
     batch_invariant: bool = False  # a token's bits do not depend on its batch: prefix hit = miss, bit for bit
     step_tokens: int = 2048  # tokens in one step that keep the device busy: the default token budget
     async_launch: bool = False  # a launch returns before the work is done, so overlapping two steps pays
+    max_tp: int = 1  # tensor-parallel ranks that one model may be split over here
     emulated: bool = False
     notes: tuple[str, ...] = ()  # facts worth a line in the log, for example which kernels were chosen
 
@@ -42,6 +43,7 @@ class Needs:
     dtype: str
     head_dim: int
     features: frozenset[str]
+    tp: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
             Reason(f"head_dim {needs.head_dim}", f"multiples of {caps.head_dim_multiple} up to {caps.max_head_dim}")
         )
     out += [Reason(f"feature {f}", _join(caps.features)) for f in sorted(needs.features - caps.features)]
+    if needs.tp > caps.max_tp:
+        out.append(Reason(f"tp {needs.tp}", f"at most {caps.max_tp}"))
     if page_size is not None and page_size not in caps.page_sizes:
         out.append(Reason(f"page size {page_size}", _join(map(str, caps.page_sizes))))
     return out
