@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from polyradix import __version__
@@ -60,6 +61,13 @@ def _devices(args: argparse.Namespace) -> int:
     return 0
 
 
+def _new_backend(args: argparse.Namespace) -> int:
+    from polyradix.serve.new_backend import new_backend
+
+    print("\n".join(map(str, new_backend(args.name, args.path))))
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="polyradix", description="One LLM server core for any accelerator.")
     parser.add_argument("--version", action="version", version=f"polyradix {__version__}")
@@ -75,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
     devices = commands.add_parser("devices", help="list the backends found, and why others are not usable")
     devices.set_defaults(run=_devices)
+    new = commands.add_parser("new-backend", help="write the package of a new backend, every method to be filled")
+    new.add_argument("name", metavar="NAME", help="what --device will call it")
+    new.add_argument("--path", type=Path, help="folder to write; ./polyradix-NAME if not given")
+    new.set_defaults(run=_new_backend)
     return parser
 
 
