@@ -9,11 +9,13 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
+from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import Capabilities, Needs, Unsupported, validate
 from polyradix.backend.protocol import (
     KV,
     Array,
+    Collectives,
     Compiled,
     HostArray,
     KVSpec,
@@ -40,6 +42,7 @@ class TorchBackend(ABC):
 
     def __init__(self, caps: Capabilities, ops: Ops, device: str) -> None:
         self.caps, self.ops, self.device = caps, ops, device
+        self.collectives: Collectives = Alone()
 
     @abstractmethod
     def memory(self) -> Memory: ...

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from polyradix.backend.alone import Alone
 from polyradix.backend.batch import I32, HostBatch, SampleBatch
 from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
 from polyradix.backend.expand import Expansions
@@ -22,6 +23,7 @@ from polyradix.backend.protocol import (
     KV,
     Array,
     AttnSpec,
+    Collectives,
     Compiled,
     Found,
     Heads,
@@ -94,12 +96,14 @@ class NullBackend:
     """`step_time_s` seconds are slept per step, on the worker thread with `async_launch`."""
 
     ops: Ops
+    collectives: Collectives
 
     def __init__(self, step_time_s: float, async_launch: bool) -> None:
         self._step_time_s = step_time_s
         self._launch = Launcher(async_launch)
         self._vocab = 1
         self.ops = NullOps()
+        self.collectives = Alone()
         self.caps = Capabilities(
             name="null",
             device="none, computes nothing",

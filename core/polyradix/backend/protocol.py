@@ -15,6 +15,9 @@ Rules every backend keeps:
 * When `caps.batch_invariant` is true, the result for one token does not depend on what else is in the batch: the core
   then promises users that a prefix hit is bit-exact with a miss.
 * What a capability claims must work; what it does not claim must raise `Unsupported`, never return an answer.
+* A model may be split over tp ranks (tensor parallelism). Every shape, head count and export in this file is the whole
+  model's. Only Arrays inside a step are a rank's own, where the shapes below are divided by tp. What the backend cannot
+  split evenly raises `Unsupported` or ValueError with the field and its value, before a weight is read.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class ParamSpec:
 
     `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm, [positions, D] float32 for rope (cos in
     the first D/2 columns, sin in the rest). `segments` are the row counts of parts fused along axis 0 (q, k, v or gate,
-    up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated.
+    up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated:
+    0 for linears and logits (V need not be a multiple of tp), 1 for linear_reduce, whose bias every rank holds.
+    backend/shard.py does the splitting, for backends that want it.
     """
 
     name: str
@@ -95,7 +100,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the device (of this rank)."""
+    """Bytes of one device; of several, the one with the least free."""
 
     free: int
     total: int
@@ -119,17 +124,33 @@ class AttnSpec:
     softcap: float | None = None
 
 
+class Collectives(Protocol):
+    """What tensor-parallel ranks tell each other, inside a step. Each gives an Array of its own, all of one shape and
+    dtype, and all call the same verbs in the same order: one program serves every rank and cannot ask which it is. An
+    axis that is cut must be a multiple of `size`. With one rank every verb is the identity (backend/alone.py)."""
+
+    size: int
+
+    def all_reduce(self, x: Array) -> Array: ...  # the sum over ranks, the same bits on every rank
+    def all_gather(self, x: Array, axis: int) -> Array: ...  # every rank's, joined along axis in rank order
+    def reduce_scatter(self, x: Array, axis: int) -> Array: ...  # rank r has part r of the sum, cut along axis
+    def all_to_all(self, x: Array, axis: int) -> Array: ...  # part i goes to rank i; received ones joined in rank order
+    def broadcast(self, x: Array, root: int) -> Array: ...  # rank root's
+    def permute(self, x: Array, to: Sequence[int]) -> Array: ...  # rank r's goes to rank to[r]; `to` is a permutation
+    def barrier(self) -> None: ...  # nobody goes on before all are here; a traced program, ordered by data, may skip it
+
+
 class Ops(Protocol):
     """The verbs a model graph is made of. Pure but for KV; called inside `Compiled`, possibly while tracing."""
 
     def embed(self, w: Weight, m: Meta) -> Array: ...  # [T,H]
     def linear(self, x: Array, w: Weight) -> Array: ...  # [T,I] -> [T,O/tp], bias included if the spec has one
     def linear_reduce(self, x: Array, w: Weight) -> Array: ...  # [T,I/tp] -> [T,O], summed over tp, then bias
-    def qkv(self, x: Array, w: Weight, heads: Heads) -> tuple[Array, Array, Array]: ...  # [T,Hq,D] [T,Hk,D] [T,Hk,D]
+    def qkv(self, x: Array, w: Weight, heads: Heads) -> tuple[Array, Array, Array]: ...  # [T,Hq/tp,D], 2 x [T,Hk/tp,D]
     def add(self, x: Array, y: Array) -> Array: ...  # elementwise, rounded to the dtype of x
     def rms_norm(self, x: Array, w: Weight, eps: float) -> Array: ...  # over the last axis: [T,H], or [T,heads,D]
     def rope(self, q: Array, k: Array, table: Weight, m: Meta) -> tuple[Array, Array]: ...  # half-split (NeoX) pairs
-    def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]: ...  # [T,Hq*D]
+    def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]: ...  # [T,Hq/tp*D]
     def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
     def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
     def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
@@ -146,14 +167,16 @@ Compiled: TypeAlias = Callable[[Params, KV, Meta], tuple[Array, KV]]  # launches
 
 
 class Backend(Protocol):
-    """The host side. Constructed once per rank by the entry point, through `create(**options)`."""
+    """The host side: one model's whole mesh, made by the entry point's `create(**options)`, with `tp=N` for N ranks.
+    How it drives them (threads, processes, one partitioned program) is its own affair."""
 
     caps: Capabilities
     ops: Ops
+    collectives: Collectives
 
     def memory(self) -> Memory: ...
     def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
-    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page over all layers, k and v
+    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page on one device, all layers, k and v
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'], the last samples
     def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit

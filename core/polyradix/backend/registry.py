@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
 
-from polyradix.backend.capabilities import Capabilities
+from polyradix.backend.capabilities import Capabilities, Unsupported
 from polyradix.backend.expand import Expanded, expansion_forced
-from polyradix.backend.protocol import PROTOCOL_VERSION, Backend, Found, Ops
+from polyradix.backend.protocol import PROTOCOL_VERSION, Backend, Collectives, Found, Ops
 
 GROUP = "polyradix.backends"
 
@@ -64,11 +64,11 @@ def discover() -> list[Discovered]:
     return [_probe(point) for _, point in sorted(_points().items())]
 
 
-def open_backend(device: str, *, emulate: bool = False, **options: Any) -> Backend:
+def open_backend(device: str, *, tp: int = 1, emulate: bool = False, **options: Any) -> Backend:
     """The backend named `device`, or for `auto` the usable one with the highest rank that is not negative.
 
     By name, no other backend is imported. `options` go to the entry's `create`, over those its probe found. Raises
-    UnknownDevice, DeviceUnavailable or ProtocolDrift.
+    UnknownDevice, DeviceUnavailable, ProtocolDrift, or Unsupported when it cannot be split over `tp` ranks.
     """
     points = _points()
     if device == "auto":
@@ -81,8 +81,14 @@ def open_backend(device: str, *, emulate: bool = False, **options: Any) -> Backe
         raise DeviceUnavailable(f"device {device!r} cannot be used: {reason}")
     entry = cast(Entry, points[device].load())
     _check_version(device, entry)
-    backend = entry.create(**{**this.found.options, **options})
+    backend = entry.create(**{**this.found.options, **options, **_ranks(device, entry, tp)})
     check_drift(device, backend)
+    if tp > backend.caps.max_tp:
+        raise Unsupported(f"tp {tp}", f"device {device!r} offers at most {backend.caps.max_tp}")
+    if backend.collectives.size != tp:
+        raise ProtocolDrift(
+            f"backend {device!r}: collectives.size is {backend.collectives.size}; tp {tp} was asked for"
+        )
     if backend.caps.emulated and not emulate:
         raise DeviceUnavailable(f"device {device!r} is emulated, which has to be asked for with --emulate")
     if this.found.emulated and not backend.caps.emulated:
@@ -96,12 +102,24 @@ def check_drift(name: str, backend: Any) -> None:
     """Raises ProtocolDrift naming each method that is missing, unknown, or takes other parameters than agreed."""
     if not isinstance(getattr(backend, "caps", None), Capabilities):
         raise ProtocolDrift(f"backend {name!r}: caps is not a Capabilities")
-    if not hasattr(backend, "ops"):
-        raise ProtocolDrift(f"backend {name!r}: ops is missing")
+    missing = [part for part in ("ops", "collectives") if not hasattr(backend, part)]
+    if missing:
+        raise ProtocolDrift(f"backend {name!r}: {' and '.join(missing)} missing")
     drift = _drift("Backend", Backend, backend) + _drift("Ops", Ops, backend.ops)
+    drift += _drift("Collectives", Collectives, backend.collectives)
     if drift:
         version = ".".join(map(str, PROTOCOL_VERSION))
         raise ProtocolDrift(f"backend {name!r} does not keep protocol {version}: " + "; ".join(drift))
+
+
+def _ranks(device: str, entry: Entry, tp: int) -> dict[str, int]:
+    """What `create` is told of tp: nothing for one rank."""
+    if tp < 1:
+        raise ValueError(f"tp is {tp}; expected at least 1")
+    parameters = inspect.signature(entry.create).parameters
+    if tp > 1 and "tp" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise Unsupported(f"tp {tp}", f"device {device!r} has no tensor parallelism")
+    return {"tp": tp} if tp > 1 else {}
 
 
 def _points() -> dict[str, EntryPoint]:

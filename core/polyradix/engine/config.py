@@ -16,6 +16,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str
     device: str = "auto"
+    tp: int = 1  # tensor-parallel ranks the model is split over
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     max_context: int | None = None  # tokens of one sequence, prompt and output
@@ -33,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def check(self) -> None:
         """Raises ConfigError for the first value out of range."""
-        for name in ("max_context", "max_seqs", "max_tokens_per_step", "kv_pages", "page_size"):
+        for name in ("tp", "max_context", "max_seqs", "max_tokens_per_step", "kv_pages", "page_size"):
             value = getattr(self, name)
             least = 2 if name in ("kv_pages", "max_context") else 1
             if value is not None and value < least:

@@ -14,7 +14,17 @@ from polyradix.engine.config import EngineConfig
 from polyradix.serve.client import set_up_logging
 
 _ENGINE = (
-    *("model", "device", "dtype", "load_format", "max_context", "max_seqs", "max_tokens_per_step", "mem_fraction"),
+    *(
+        "model",
+        "device",
+        "tp",
+        "dtype",
+        "load_format",
+        "max_context",
+        "max_seqs",
+        "max_tokens_per_step",
+        "mem_fraction",
+    ),
     *("kv_pages", "page_size", "policy", "radix", "emulate", "seed"),
 )
 
@@ -113,6 +123,7 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     def add(flag: str, field: str, text: str, **kwargs: Any) -> None:
         p.add_argument(flag, dest=field, default=getattr(defaults, field), help=text, **kwargs)
 
+    add("--tp", "tp", "tensor-parallel ranks the model is split over", type=int)
     add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
     add("--max-seqs", "max_seqs", "requests running at once", type=int)
     add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)

@@ -11,13 +11,15 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
 from polyradix.backend.launch import Launcher
-from polyradix.backend.numpy.ops import Arr, LayerKV, NumpyMeta, NumpyOps, Packed
+from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
     KV,
     Array,
+    Collectives,
     Compiled,
     HostArray,
     KVSpec,
@@ -34,19 +36,25 @@ from polyradix.backend.sampling import sample_host
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+MAX_TP = 8
+
 
 class NumpyBackend:
     """Arrays are NumPy arrays, or futures of them with `async_launch`; a KV is a list of (k, v), changed in place."""
 
     ops: Ops
+    collectives: Collectives
 
-    def __init__(self, compute: Literal["float32", "float64"], async_launch: bool) -> None:
+    def __init__(
+        self, compute: Literal["float32", "float64"], async_launch: bool, collectives: Collectives | None = None
+    ) -> None:
         if compute not in ("float32", "float64"):
             raise ValueError(f"compute is {compute!r}; expected 'float32' or 'float64'")
         self._wide = np.dtype(compute)
         self._store = DTYPES if compute == "float32" else dict.fromkeys(DTYPES, self._wide)
         self._launch = Launcher(async_launch)
-        self.ops = NumpyOps(self._wide, self._store)
+        self.collectives = collectives or Alone()
+        self.ops = NumpyOps(self._wide, self._store, self.collectives)
         self.caps = Capabilities(
             name="numpy",
             device=f"NumPy {np.__version__} on {platform.machine()}",
@@ -57,6 +65,7 @@ class NumpyBackend:
             features=FEATURES,
             batch_invariant=True,
             async_launch=async_launch,
+            max_tp=MAX_TP,
         )
 
     def memory(self) -> Memory:
@@ -102,13 +111,13 @@ class NumpyBackend:
         return LogProbs(*self._launch.split(_logprobs, 3, logits, tokens, top))
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
-        return self._launch.run(_copy, kv, list(src), list(dst))
+        return self._launch.run(self._copy, kv, list(src), list(dst))
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
-        return self._launch.future(_export, kv, list(pages))
+        return self._launch.future(self._export, kv, list(pages))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
-        return self._launch.run(_import, kv, list(pages), data)
+        return self._launch.run(self._import, kv, list(pages), data)
 
     def fetch(self, x: Array) -> Future[HostArray]:
         return self._launch.future(np.copy, x)
@@ -117,6 +126,30 @@ class NumpyBackend:
         if value.shape != shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {shape}")
         return np.ascontiguousarray(value.astype(DTYPES[spec.dtype]), self._wide)
+
+    def _copy(self, kv: Any, src: list[int], dst: list[int]) -> Any:
+        for pair in kv:
+            for x in pair:
+                x[dst] = x[src]
+        return kv
+
+    def _export(self, kv: Any, pages: list[int]) -> Arr:
+        return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in (0, 1)])
+
+    def _import(self, kv: Any, pages: list[int], data: Arr) -> Any:
+        expected = self._shape(kv, len(pages))
+        if data.shape != expected:
+            raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
+        return self._write(kv, pages, data)
+
+    def _shape(self, kv: Any, pages: int) -> tuple[int, ...]:
+        """Of an export."""
+        return (2, len(kv), pages, *kv[0][0].shape[1:])
+
+    def _write(self, kv: Any, pages: list[int], data: Arr) -> Any:
+        for layer, (k, v) in enumerate(kv):
+            k[pages], v[pages] = data[0, layer], data[1, layer]
+        return kv
 
 
 def _check_limits(b: HostBatch, limits: Limits) -> None:
@@ -137,23 +170,3 @@ def _logprobs(logits: Arr, tokens: Arr, top: int) -> tuple[Any, ...]:
     ids = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
     rows = np.arange(len(logp))
     return logp[rows, tokens], ids, np.take_along_axis(logp, ids, axis=1)
-
-
-def _copy(kv: list[LayerKV], src: list[int], dst: list[int]) -> list[LayerKV]:
-    for pair in kv:
-        for x in pair:
-            x[dst] = x[src]
-    return kv
-
-
-def _export(kv: list[LayerKV], pages: list[int]) -> Arr:
-    return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in (0, 1)])
-
-
-def _import(kv: list[LayerKV], pages: list[int], data: Arr) -> list[LayerKV]:
-    expected = (2, len(kv), len(pages), *kv[0][0].shape[1:])
-    if data.shape != expected:
-        raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
-    for layer, (k, v) in enumerate(kv):
-        k[pages], v[pages] = data[0, layer], data[1, layer]
-    return kv

@@ -6,16 +6,17 @@ order whatever else is there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from polyradix.backend.alone import Alone
 from polyradix.backend.batch import I32, HostBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import resolve
-from polyradix.backend.protocol import AttnSpec, Heads, ParamSpec
+from polyradix.backend.protocol import AttnSpec, Collectives, Heads, ParamSpec
 
 Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
@@ -23,7 +24,7 @@ LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_head
 
 @dataclass(frozen=True)
 class Packed:
-    """One parameter, rounded to its spec's dtype and held in the compute dtype."""
+    """One parameter, rounded to its spec's dtype and held in the compute dtype; of a mesh, one rank's shard of it."""
 
     spec: ParamSpec
     value: Arr
@@ -46,23 +47,30 @@ class NumpyMeta:
 
 
 class NumpyOps(Expansions):
-    """`wide` is the dtype of every computation; `store` maps a spec's dtype to that of activations."""
+    """`wide` is the dtype of every computation; `store` maps a spec's dtype to that of activations. Ranks share one
+    NumpyOps: whatever differs between them is in the arrays and the collectives."""
 
-    def __init__(self, wide: np.dtype[Any], store: dict[str, np.dtype[Any]]) -> None:
+    def __init__(
+        self, wide: np.dtype[Any], store: dict[str, np.dtype[Any]], collectives: Collectives | None = None
+    ) -> None:
         self._wide = wide
         self._store = store
+        self._collectives = collectives or Alone()
 
     def embed(self, w: Packed, m: NumpyMeta) -> Arr:
         return w.value[m.tokens()].astype(self._store[w.spec.dtype])
 
     def linear(self, x: Arr, w: Packed) -> Arr:
-        return _rounded(self._product(x, w), x)
+        return _rounded(_biased(self._product(x, w), w), x)
 
     def linear_reduce(self, x: Arr, w: Packed) -> Arr:
-        return _rounded(self._product(x, w), x)
+        part = self._product(x, w)
+        total = part if w.spec.shard_axis is None else self._collectives.all_reduce(part)
+        return _rounded(_biased(total, w), x)
 
     def qkv(self, x: Arr, w: Packed, heads: Heads) -> tuple[Arr, Arr, Arr]:
-        rows = self._product(x, w).astype(x.dtype).reshape(len(x), heads.q + 2 * heads.kv, heads.dim)
+        heads = self._local(heads)
+        rows = self.linear(x, w).reshape(len(x), heads.q + 2 * heads.kv, heads.dim)
         q, k, v = np.split(rows, [heads.q, heads.q + heads.kv], axis=1)
         return q, k, v
 
@@ -79,7 +87,7 @@ class NumpyOps(Expansions):
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
     def attend(self, q: Arr, k: Arr, v: Arr, kv: LayerKV, m: NumpyMeta, a: AttnSpec) -> tuple[Arr, LayerKV]:
-        b = m.batch
+        b, a = m.batch, replace(a, heads=self._local(a.heads))
         keys, values = kv
         page_size = keys.shape[1]
         keys[b.slots // page_size, b.slots % page_size] = k
@@ -103,15 +111,19 @@ class NumpyOps(Expansions):
         return x[m.batch.last]
 
     def logits(self, x: Arr, w: Packed) -> Arr:
-        return self._product(x, w)
+        part = _biased(self._product(x, w), w)
+        whole = part if w.spec.shard_axis is None else self._collectives.all_gather(part, 1)
+        return whole[:, : w.spec.shape[0]]  # the last shards end with padding
+
+    def _local(self, heads: Heads) -> Heads:
+        """This rank's share."""
+        return Heads(heads.q // self._collectives.size, heads.kv // self._collectives.size, heads.dim)
 
     def _product(self, x: Arr, w: Packed) -> Arr:
-        """x w^T + bias, unrounded. A matrix product would sum in an order that depends on the number of rows."""
+        """x w^T, unrounded. A matrix product would sum in an order that depends on the number of rows."""
         out: Arr = np.empty((len(x), len(w.value)), self._wide)
         for t, row in enumerate(x.astype(self._wide)):
             out[t] = w.value @ row
-        if w.bias is not None:
-            out += w.bias
         return out
 
     def _rotate(self, x: Arr, cos: Arr, sin: Arr) -> Arr:
@@ -130,6 +142,10 @@ class NumpyOps(Expansions):
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
         return out.reshape(a.heads.q, a.heads.dim)
+
+
+def _biased(product: Arr, w: Packed) -> Arr:
+    return product if w.bias is None else product + w.bias
 
 
 def _rounded(value: Arr, like: Arr) -> Arr:
