@@ -85,10 +85,8 @@ def open_backend(device: str, *, tp: int = 1, emulate: bool = False, **options: 
     check_drift(device, backend)
     if tp > backend.caps.max_tp:
         raise Unsupported(f"tp {tp}", f"device {device!r} offers at most {backend.caps.max_tp}")
-    if backend.collectives.size != tp:
-        raise ProtocolDrift(
-            f"backend {device!r}: collectives.size is {backend.collectives.size}; tp {tp} was asked for"
-        )
+    if (size := backend.collectives.size) != tp:
+        raise ProtocolDrift(f"backend {device!r}: collectives.size is {size}; expected tp ({tp})")
     if backend.caps.emulated and not emulate:
         raise DeviceUnavailable(f"device {device!r} is emulated, which has to be asked for with --emulate")
     if this.found.emulated and not backend.caps.emulated:

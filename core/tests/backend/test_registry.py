@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from polyradix.backend import registry
+from polyradix.backend.alone import Alone
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expanded
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import NumpyOps
@@ -141,6 +144,17 @@ class ExtraVerb(NumpyOps):
         return x
 
 
+def quiet() -> NumpyBackend:
+    """Says nothing about collectives."""
+    backend = NumpyBackend("float32", False)
+    del backend.collectives
+    return backend
+
+
+class SendReceive(Alone):
+    def send(self, x: Any, to: int) -> None: ...
+
+
 class RenamedParam(NumpyOps):
     def linear(self, x: Any, weight: Any) -> Any:
         return x
@@ -177,8 +191,18 @@ def backend_with(ops: Any) -> NumpyBackend:
         (lambda: backend_with(MissingVerb(backend_with(NumpyOps).ops)), r"perfect: Ops\.rope is missing$"),
         (lambda: ExtraMethod("float32", False), r"Backend\.warm is unknown"),
         (lambda: LostDefault("float32", False), r"Backend\.prepare lacks a default"),
+        (quiet, r"'one': collectives missing"),
+        (lambda: NumpyBackend("float32", False, SendReceive()), r"Collectives\.send is unknown"),
     ],
-    ids=["extra verb", "renamed parameter", "missing verb", "extra method", "lost default"],
+    ids=[
+        "extra verb",
+        "renamed parameter",
+        "missing verb",
+        "extra method",
+        "lost default",
+        "quiet",
+        "extra collective",
+    ],
 )
 def test_drift_is_refused_by_name(install: Any, make: Any, message: str) -> None:
     install(one=FakeEntry(GOOD, make()))
@@ -199,6 +223,39 @@ def test_public_values_are_not_drift(install: Any) -> None:
     backend.threads = 4  # type: ignore[attr-defined]
     install(one=FakeEntry(GOOD, backend))
     assert open_backend("one") is backend
+
+
+def test_tensor_parallel_ranks(install: Any) -> None:
+    class Single:
+        protocol = (1, 0)
+
+        def probe(self) -> Found:
+            return GOOD
+
+        def create(self, threads: int = 1) -> Any:
+            return NumpyBackend("float32", False)
+
+    narrow = NumpyBackend("float32", False)
+    narrow.caps = dataclasses.replace(narrow.caps, max_tp=2)
+    entry = FakeEntry(GOOD)
+    install(one=Single(), narrow=FakeEntry(GOOD, narrow), deaf=entry)
+    assert open_backend("one", tp=1).caps.name == "numpy"
+    with pytest.raises(Unsupported, match=re.escape("tp 2 (device 'one' has no tensor parallelism)")):
+        open_backend("one", tp=2)
+    with pytest.raises(Unsupported, match=re.escape("tp 4 (device 'narrow' offers at most 2)")):
+        open_backend("narrow", tp=4)
+    with pytest.raises(ProtocolDrift, match=re.escape("'deaf': collectives.size is 1; expected tp (2)")):
+        open_backend("deaf", tp=2)
+    assert entry.options == {"tp": 2}
+    with pytest.raises(ValueError, match="tp is 0; expected at least 1"):
+        open_backend("one", tp=0)
+
+
+def test_numpy_ranks_keep_the_protocol() -> None:
+    backend = open_backend("numpy", tp=2)
+    assert backend.collectives.size == 2
+    with pytest.raises(Unsupported, match="tp 2"):
+        open_backend("null", tp=2)
 
 
 @pytest.mark.parametrize("version", [(2, 0), (0, 9), (1, 1), None])

@@ -31,8 +31,8 @@ from polyradix.backend.shard import check_kv, check_param, shard
 T = TypeVar("T")
 
 
-class ThreadRanks:
-    """Collectives between the threads of `run`. Every rank sums in rank order, so all get the same bits."""
+class Ranks:
+    """One thread a rank, and a place to meet. `run` starts a step on all of them; the rest is for use inside it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -50,14 +50,40 @@ class ThreadRanks:
         return rank
 
     def run(self, fn: Callable[[int], T]) -> list[T]:
-        """fn(rank) on all ranks at once. If one raises, the others stop at their next collective, and its error comes
-        out. Not reentrant."""
+        """fn(rank) on all ranks at once. If one raises, the others stop where they next meet; its error comes out."""
         self._barrier.reset()
         futures = [self._pool.submit(self._as_rank, rank, fn) for rank in range(self.size)]
         errors = [e for f in futures if (e := f.exception()) is not None]
-        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-            raise error
+        if errors:
+            raise min(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError))
         return [f.result() for f in futures]
+
+    def meet(self, what: str, x: Any) -> list[Any]:
+        """The x of every rank, in rank order, once all are here. Raises if they did not come for the same thing."""
+        self._posted[self.rank] = what, x
+        self._barrier.wait()
+        posted = list(self._posted)
+        self._barrier.wait()  # nobody posts again before all have read
+        if len({what for what, _ in posted}) > 1:
+            raise RuntimeError("ranks disagree: " + "; ".join(f"{r}: {what}" for r, (what, _) in enumerate(posted)))
+        return [x for _, x in posted]
+
+    def _as_rank(self, rank: int, fn: Callable[[int], T]) -> T:
+        self._thread.rank = rank
+        try:
+            out = fn(rank)
+            self.meet("end of the step", None)
+            return out
+        except BaseException:
+            self._barrier.abort()
+            raise
+
+
+class NumpyCollectives:
+    """Collectives between Ranks. Every rank takes sums in rank order, so all get the same bits."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks, self.size = ranks, ranks.size
 
     def all_reduce(self, x: Arr) -> Arr:
         return self._sum(self._exchange("all_reduce", x))
@@ -77,86 +103,66 @@ class ThreadRanks:
     def permute(self, x: Arr, to: Sequence[int]) -> Arr:
         if sorted(to) != list(range(self.size)):
             raise ValueError(f"permute to {list(to)}; expected each rank from 0 to {self.size - 1} once")
-        return self._exchange(f"permute {list(to)}", x)[list(to).index(self.rank)]
+        return self._exchange(f"permute {list(to)}", x)[list(to).index(self.ranks.rank)]
 
     def barrier(self) -> None:
-        self._meet("barrier", None)
+        self.ranks.meet("barrier", None)
+
+    def _exchange(self, verb: str, x: Arr) -> list[Arr]:
+        return self.ranks.meet(f"{verb} of {x.dtype} {x.shape}", x)
 
     def _sum(self, xs: list[Arr]) -> Arr:
+        """In float32 at least, rounded once."""
         total = xs[0].astype(np.result_type(xs[0], np.float32))
         for x in xs[1:]:
             total = total + x
         return total.astype(xs[0].dtype)
 
     def _part(self, x: Arr, axis: int) -> Arr:
-        return np.split(x, self.size, axis)[self.rank]
-
-    def _exchange(self, verb: str, x: Arr) -> list[Arr]:
-        """The x of every rank, in rank order."""
-        return self._meet(f"{verb} of {x.dtype} {x.shape}", x)
-
-    def _meet(self, what: str, x: Any) -> list[Any]:
-        """Waits for all ranks, and raises if they did not come for the same thing."""
-        self._posted[self.rank] = what, x
-        self._barrier.wait()
-        posted = list(self._posted)
-        self._barrier.wait()  # nobody posts again before all have read
-        if len({what for what, _ in posted}) > 1:
-            raise RuntimeError("ranks disagree: " + "; ".join(f"{r}: {what}" for r, (what, _) in enumerate(posted)))
-        return [x for _, x in posted]
-
-    def _as_rank(self, rank: int, fn: Callable[[int], T]) -> T:
-        self._thread.rank = rank
-        try:
-            out = fn(rank)
-            self._meet("end of the step", None)
-            return out
-        except BaseException:
-            self._barrier.abort()
-            raise
+        """This rank's of `size` equal parts."""
+        return np.split(x, self.size, axis)[self.ranks.rank]
 
 
 class NumpyMesh(NumpyBackend):
     """A NumpyBackend over `tp` ranks. Weights, KV and the Params of a step are lists with one entry per rank."""
 
-    collectives: ThreadRanks
-
     def __init__(self, compute: Literal["float32", "float64"], async_launch: bool, tp: int) -> None:
-        super().__init__(compute, async_launch, ThreadRanks(tp))
+        self.ranks = Ranks(tp)
+        super().__init__(compute, async_launch, NumpyCollectives(self.ranks))
 
     def memory(self) -> Memory:
         """The ranks share one machine."""
-        whole, tp = super().memory(), self.collectives.size
+        whole, tp = super().memory(), self.ranks.size
         return Memory(whole.free // tp, whole.total // tp)
 
     def pack(self, spec: ParamSpec, read: Reader) -> Any:
-        check_param(spec, self.collectives.size)
+        check_param(spec, self.ranks.size)
         whole: Packed = super().pack(spec, read)
-        return [self._shard(whole, rank) for rank in range(self.collectives.size)]
+        return [self._shard(whole, rank) for rank in range(self.ranks.size)]
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         return super().kv_page_bytes(self._local(spec))
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         local = self._local(spec)
-        return [NumpyBackend.alloc_kv(self, local, pages) for _ in range(self.collectives.size)]
+        return [NumpyBackend.alloc_kv(self, local, pages) for _ in range(self.ranks.size)]
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         return super().compile(partial(self._on_all_ranks, step), limits)
 
     def _on_all_ranks(self, step: Step, ops: Ops, params: Params, kv: KV, m: Any) -> tuple[Array, KV]:
         """Logits are finished values, so any rank's will do."""
-        results = self.collectives.run(lambda rank: step(ops, self._params(params, rank), kv[rank], m))
+        results = self.ranks.run(lambda rank: step(ops, self._params(params, rank), kv[rank], m))
         return results[0][0], [new for _, new in results]
 
     def _shard(self, whole: Packed, rank: int) -> Packed:
-        spec, tp = whole.spec, self.collectives.size
+        spec, tp = whole.spec, self.ranks.size
         bias = None if whole.bias is None else shard(spec, whole.bias, rank, tp, "bias")
         return Packed(spec, np.ascontiguousarray(shard(spec, whole.value, rank, tp)), bias)
 
     def _local(self, spec: KVSpec) -> KVSpec:
-        check_kv(spec, self.collectives.size)
-        return replace(spec, kv_heads=spec.kv_heads // self.collectives.size)
+        check_kv(spec, self.ranks.size)
+        return replace(spec, kv_heads=spec.kv_heads // self.ranks.size)
 
     def _params(self, params: Params, rank: int) -> Params:
         layers = [{name: w[rank] for name, w in layer.items()} for layer in params.layers]
@@ -170,8 +176,8 @@ class NumpyMesh(NumpyBackend):
 
     def _shape(self, kv: Any, pages: int) -> tuple[int, ...]:
         *front, heads, dim = super()._shape(kv[0], pages)
-        return (*front, heads * self.collectives.size, dim)
+        return (*front, heads * self.ranks.size, dim)
 
     def _write(self, kv: Any, pages: list[int], data: Arr) -> Any:
-        parts = np.split(data, self.collectives.size, axis=4)
+        parts = np.split(data, self.ranks.size, axis=4)
         return [NumpyBackend._write(self, own, pages, part) for own, part in zip(kv, parts, strict=True)]
