@@ -15,6 +15,7 @@ from pathlib import Path
 
 from polyradix import __version__
 from polyradix.backend import protocol
+from polyradix.backend.alone import Alone
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.registry import GROUP
@@ -28,10 +29,7 @@ FILES = {
     "test_conformance.py": "tests/test_conformance.py",
     "conformance.yml": ".github/workflows/conformance.yml",
 }
-EXTRA = {
-    "Expansions": Expansions.__module__,
-    "Unsupported": Unsupported.__module__,
-}  # besides what the contract imports
+EXTRA = {c.__name__: c.__module__ for c in (Alone, Expansions, Unsupported)}  # besides what the contract imports
 SOURCE = inspect.getsource(protocol)
 TREE = ast.parse(SOURCE)
 
