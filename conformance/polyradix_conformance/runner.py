@@ -1,22 +1,22 @@
-"""Runs cases on one backend and reports. A case whose needs are not claimed runs too: it must be declined."""
+"""Runs cases on one backend. A case whose needs are not claimed runs too: it must be declined."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
-from typing import Any, Literal
+from pathlib import Path
+from traceback import extract_tb
+from typing import Literal
 
 from polyradix.backend.capabilities import Unsupported, validate
-from polyradix.backend.protocol import PROTOCOL_VERSION, Backend
+from polyradix.backend.protocol import Backend
 from polyradix_conformance.cases import Case
 from polyradix_conformance.rig import Mismatch, Rig
 
-Status = Literal["pass", "fail", "error", "unsupported"]
+Status = Literal["pass", "fail", "error", "unsupported", "waived", "not_run"]
+DETAIL = 2000  # characters of a detail that are kept
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ Opener = Callable[[int], Backend]  # a backend split over so many tensor-paralle
 
 def run_case(case: Case, open: Opener) -> Result:
     """`open(1)` is asked for every case, `open(n)` for those that want n ranks."""
-    start, worst = time.perf_counter(), 0.0
-    missing = "; ".join(map(str, validate(case.needs, open(1).caps, case.page_size)))
+    start, worst, missing = time.perf_counter(), 0.0, ""
     status: Status
     try:
+        missing = "; ".join(map(str, validate(case.needs, open(1).caps, case.page_size)))
         rig = Rig(open(case.needs.tp), case.needs.dtype)
         try:
             case.run(rig)
@@ -55,9 +55,14 @@ def run_case(case: Case, open: Opener) -> Result:
     except Mismatch as e:
         status, detail = "fail", f"not claimed ({missing}), and answered wrongly: {e}" if missing else str(e)
     except Exception as e:
-        status, detail = "error", f"{type(e).__name__}: {e}"
+        status, detail = "error", f"{type(e).__name__}: {e} [{_where(e)}]"
     shown = worst if 0 < worst < float("inf") else None
-    return Result(case.id, status, round(time.perf_counter() - start, 4), detail, shown)
+    return Result(case.id, status, round(time.perf_counter() - start, 4), detail[:DETAIL], shown)
+
+
+def _where(e: Exception) -> str:
+    frame = extract_tb(e.__traceback__)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} in {frame.name}"
 
 
 def run(cases: Iterable[Case], make: Opener, seen: Callable[[Result], None] = lambda r: None) -> list[Result]:
@@ -67,31 +72,3 @@ def run(cases: Iterable[Case], make: Opener, seen: Callable[[Result], None] = la
         out.append(run_case(case, open))
         seen(out[-1])
     return out
-
-
-def report(
-    backend: Backend, name: str, options: dict[str, Any], profile: str, partial: bool, results: list[Result]
-) -> dict[str, Any]:
-    """What `conform run -o` writes."""
-    return {
-        "suite": version("polyradix-conformance"),
-        "protocol": list(PROTOCOL_VERSION),
-        "profile": profile,
-        "partial": partial,
-        "backend": name,
-        "options": options,
-        "device": backend.caps.device,
-        "emulated": backend.caps.emulated,
-        "notes": list(backend.caps.notes),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "counts": dict(Counter(r.status for r in results)),
-        "cases": [asdict(r) for r in results],
-    }
-
-
-def verdict(results: list[Result]) -> str | None:
-    """Why these results do not count as conformant, None when they do."""
-    if not any(r.status == "pass" for r in results):
-        return "no case passed" if results else "no case was run"
-    bad = sum(not r.good for r in results)
-    return f"{bad} of {len(results)} cases failed" if bad else None
