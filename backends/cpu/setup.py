@@ -39,6 +39,7 @@ def build_native(folder: Path) -> list[Path]:
     made = []
     for isa, flags in TARGETS.items():
         out = folder / f"px_{isa}.so"
+        out.unlink(missing_ok=True)  # a failed build must not leave an old one in use
         command = [compiler, *COMMON, *flags, str(HERE / "csrc" / "program.cpp"), "-o", str(out)]
         if subprocess.run(command).returncode == 0:
             made.append(out)

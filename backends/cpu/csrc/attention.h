@@ -7,6 +7,7 @@
 #pragma once
 #include "context.h"
 #include "micro.h"
+#include "tiles.h"
 
 static constexpr int FEW = MAX_ROWS / 2, TILE = 4 * MAX_ROWS, BLOCK = 64, CHUNK = 16;
 
@@ -33,6 +34,7 @@ template <class T> struct Tile {  // scratch of one work item
     T* tail;                      // [CHUNK][D] a last chunk of v whose unwritten keys are zero
     float top[TILE], sum[TILE];
     int64_t position[TILE];
+    int configured = 0;  // rows that the tile registers are set up for
 
     explicit Tile(int64_t D) {
         char* m = scratch((TILE * (D + BLOCK) * 8) + CHUNK * D * sizeof(T) + 256);
@@ -71,8 +73,8 @@ static void softmax_row(Tile<T>& t, int r, int64_t k0, int64_t lo, int64_t hi, i
     float m = hmax(top);
     m = m > t.top[r] ? m : t.top[r];
     const VF shift = set1(m == -INFINITY ? 0.0f : m);
-    float fix[W];
-    st(fix, vexp(sub(set1(t.top[r]), shift)));
+    float fix[W] = {1.0f};
+    if (m != t.top[r]) st(fix, vexp(sub(set1(t.top[r]), shift)));
     VF sum = set1(0.0f);
     for (int j = 0; j < BLOCK; j += W) {
         VF e = vexp(sub(ld(s + j), shift));
@@ -117,23 +119,116 @@ template <class T> struct Attention {
         for (int i = next; i < chunks; i++) next_k[i] = k[i], next_v[i] = v[i];
         const int64_t tail = kv - k0 - (chunks - 1) * CHUNK;  // keys written in the last chunk, or more than it holds
         if (tail < CHUNK) v[chunks - 1] = zero_tail(t.tail, (const T*)v[chunks - 1], tail);
-        if (rows <= FEW) few_scores(t, rows, k, next_k, chunks);
-        for (int i = 0; rows > FEW && i < chunks; i++)
-            for (int r = 0; r < rows; r += MAX_ROWS)
-                product(rows - r, r == 0, t.q + r * D, D, {k + i, next_k + i, 1, (int)D, page}, 0,
-                        t.s + r * BLOCK + i * CHUNK, BLOCK, false);
+        score(t, rows, k, next_k, chunks);
         for (int r = 0; r < rows; r++) {
             int64_t end = t.position[r] + 1, lo = window ? end - window : 0;
             softmax_row(t, r, k0, lo, end, D, o.f[0], o.f[1]);
         }
+        weigh(t, rows, v, next_v, chunks);
+    }
+
+    // t.s = q k^T
+    void score(Tile<T>& t, int rows, const void* const* k, const void* const* next, int chunks) const {
+#if PX_AMX
+        if (tiled) return tiled_scores(t, rows, k, next, chunks);
+#endif
+        if (rows <= FEW) return few_scores(t, rows, k, next, chunks);
+        for (int i = 0; i < chunks; i++)
+            for (int r = 0; r < rows; r += MAX_ROWS)
+                product(rows - r, r == 0, t.q + r * D, D, {k + i, next + i, 1, (int)D, page}, 0,
+                        t.s + r * BLOCK + i * CHUNK, BLOCK, false);
+    }
+
+    // t.o += p v
+    void weigh(Tile<T>& t, int rows, const void* const* v, const void* const* next, int chunks) const {
+#if PX_AMX
+        if (tiled) return tiled_sums(t, rows, v, next, chunks);
+#endif
+        const Segments s{v, next, chunks, CHUNK, D};
         const bool few = rows <= FEW && D % (4 * W) == 0;
         for (int64_t d = 0; few && d < D; d += 4 * W)
-            micro_rows<T, 4, W / 4, FEW>(rows, t.p, BLOCK, {v, next_v, chunks, CHUNK, D}, (int)d, t.o + d, D, true);
+            micro_rows<T, 4, W / 4, FEW>(rows, t.p, BLOCK, s, (int)d, t.o + d, D, true);
         for (int r = 0; !few && r < rows; r += MAX_ROWS)
             for (int64_t d = 0; d < D; d += 16)
-                product(rows - r, r == 0, t.p + r * BLOCK, BLOCK, {v, next_v, chunks, CHUNK, D}, (int)d,
-                        t.o + r * D + d, D, true);
+                product(rows - r, r == 0, t.p + r * BLOCK, BLOCK, s, (int)d, t.o + r * D + d, D, true);
     }
+
+#if PX_AMX
+    // 16 rows of q or p at a time, in tile 4 or 5, times 16 columns in 6 or 7, to 0-3. A tile that is not full holds
+    // rows of an earlier item; they go nowhere. All rows of a batch take this way, or a row's bits would depend on it.
+    const bool tiled = sizeof(T) == 2 && D % 64 == 0;
+
+    static void configure(int rows) {
+        TileConfig t;
+        for (int i = 0; i < 5; i++) t.set(i, rows);
+        t.set(5, rows, CHUNK * 2);
+        t.set(6, 16);
+        t.set(7, CHUNK / 2);
+        _tile_loadconfig(&t);
+    }
+
+    static void load(float* c, int64_t stride) {
+        _tile_loadd(0, c, stride * 4);
+        _tile_loadd(1, c + 16, stride * 4);
+        _tile_loadd(2, c + 32, stride * 4);
+        _tile_loadd(3, c + 48, stride * 4);
+    }
+    static void store(float* c, int64_t stride) {
+        _tile_stored(0, c, stride * 4);
+        _tile_stored(1, c + 16, stride * 4);
+        _tile_stored(2, c + 32, stride * 4);
+        _tile_stored(3, c + 48, stride * 4);
+    }
+
+    void tiled_scores(Tile<T>& t, int rows, const void* const* k, const void* const* next, int chunks) const {
+        const T* b[4];
+        for (int i = 0; i < 4; i++) b[i] = (const T*)k[i < chunks ? i : chunks - 1];
+        for (int r = 0; r < rows; r += 16) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (int64_t d = 0; d < D; d += 32) {
+                for (int i = 0; r == 0 && i < chunks; i++)
+                    for (int j = 0; j < 16; j++)
+                        _mm_prefetch((const char*)((const T*)next[i] + (d + 2 * j) * page), _MM_HINT_T0);
+                _tile_loadd(4, t.q + r * D + d, D * 2);
+                _tile_loadd(6, b[0] + d * page, page * 4);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(6, b[1] + d * page, page * 4);
+                _tile_dpbf16ps(1, 4, 6);
+                _tile_loadd(6, b[2] + d * page, page * 4);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_loadd(6, b[3] + d * page, page * 4);
+                _tile_dpbf16ps(3, 4, 6);
+            }
+            store(t.s + r * BLOCK, BLOCK);
+        }
+    }
+
+    void tiled_sums(Tile<T>& t, int rows, const void* const* v, const void* const* next, int chunks) const {
+        for (int r = 0; r < rows; r += 16)
+            for (int64_t d = 0; d < D; d += 64) {
+                float* c = t.o + r * D + d;
+                load(c, D);
+                for (int i = 0; i < chunks; i++) {
+                    const T *b = (const T*)v[i] + 2 * d, *ahead = (const T*)next[i] + 2 * d;
+                    for (int j = 0; r == 0 && j < 32; j++)
+                        _mm_prefetch((const char*)(ahead + j / 4 * 2 * D + j % 4 * 32), _MM_HINT_T0);
+                    _tile_loadd(5, t.p + r * BLOCK + i * CHUNK, BLOCK * 2);
+                    _tile_loadd(7, b, D * 4);
+                    _tile_dpbf16ps(0, 5, 7);
+                    _tile_loadd(7, b + 32, D * 4);
+                    _tile_dpbf16ps(1, 5, 7);
+                    _tile_loadd(7, b + 64, D * 4);
+                    _tile_dpbf16ps(2, 5, 7);
+                    _tile_loadd(7, b + 96, D * 4);
+                    _tile_dpbf16ps(3, 5, 7);
+                }
+                store(c, D);
+            }
+    }
+#endif
 
     // Scores of at most FEW rows, four vectors of keys at a time: the rows of one decode token make too few chains by
     // themselves. Vectors beyond the last chunk repeat it; their scores are masked.
@@ -174,6 +269,10 @@ template <class T> struct Attention {
             t.position[r] = before + token, t.top[r] = -INFINITY, t.sum[r] = 0;
         }
         memset(t.o, 0, rows * D * sizeof(float));
+#if PX_AMX
+        const int tall = rows < 16 ? rows : 16;
+        if (tiled && tall != t.configured) configure(t.configured = tall);
+#endif
         int64_t hi = t.position[rows - 1] + 1, lo = window ? t.position[0] + 1 - window : 0;
         for (int64_t k0 = lo > 0 ? lo / BLOCK * BLOCK : 0; k0 < hi; k0 += BLOCK) block(t, rows, pages, h, k0, hi, kv);
         for (int r = 0; r < rows; r++) {
@@ -195,10 +294,13 @@ template <class T> struct Attention {
                 if (item < before + tiles * Hk) break;
                 before += tiles * Hk;
             }
-            if (s >= c.h->S) return;
+            if (s >= c.h->S) break;
             int64_t first = (tiles - 1 - (item - before) / Hk) * TILE, h = (item - before) % Hk;
             tile(t, s, h, first, (int)(rows - first < TILE ? rows - first : TILE));
         }
+#if PX_AMX
+        if (t.configured) _tile_release();
+#endif
     }
 };
 

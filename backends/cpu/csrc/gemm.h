@@ -5,6 +5,7 @@
 #pragma once
 #include "context.h"
 #include "micro.h"
+#include "tiles.h"
 
 // Writes c[rows][32] (packed columns tile*32...) as rows r0... of the output.
 template <class O>
@@ -36,39 +37,44 @@ static inline void store_any(const Op& o, const float* c, int64_t tile, int64_t 
 }
 
 #if PX_AMX
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
 // Tiles 0-3: c (2x2), 4-5: a, 6-7: b, for `rows` <= 32 rows. A lone tile of rows leaves 2, 3 and 5 unused.
 static inline void configure(int rows) {
     TileConfig t;
     int top = rows < 16 ? rows : 16, bottom = rows - top;
-    for (int i = 0; i < 8; i++) t.row_bytes[i] = 64;
-    t.rows[0] = t.rows[1] = t.rows[4] = top;
-    t.rows[2] = t.rows[3] = t.rows[5] = bottom ? bottom : 1;
-    t.rows[6] = t.rows[7] = 16;
+    for (int i = 0; i < 6; i++) t.set(i, i == 2 || i == 3 || i == 5 ? (bottom ? bottom : 1) : top);
+    t.set(6, 16);
+    t.set(7, 16);
     _tile_loadconfig(&t);
 }
 
-// c[rows][32] = a[rows][K] * the 32 columns of tile w; K a multiple of 32.
-static inline void amx_tile(int rows, const bf16* a, int64_t lda, const bf16* w, int64_t K, float* c) {
-    const int64_t step = lda * 2;
+// Rows of x in the order in which the tiles read them: [rows/16][K/32][16][32], so that a tile is 1 KiB in one piece.
+static inline void into_tiles(const bf16* x, bf16* a, int64_t r, int64_t Kx, int64_t K) {
+    a += r / 16 * 16 * K + r % 16 * 32;
+    for (int64_t k = 0; k < K; k += 32, a += 512) {
+        const int64_t n = Kx - k < 0 ? 0 : Kx - k < 32 ? Kx - k : 32;
+        memcpy(a, x + k, n * 2);
+        memset(a + n, 0, 64 - n * 2);
+    }
+}
+
+// c[rows][32] = a[rows][K], in tiles, * the 32 columns of tile w; K a multiple of 32. `first` reads w ahead.
+static inline void amx_tile(int rows, const bf16* a, const bf16* w, int64_t K, float* c, bool first) {
+    const bf16* below = a + 16 * K;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < K; k += 32, w += 1024) {
-        for (int i = 0; i < 32; i++) _mm_prefetch((const char*)w + 4096 + i * 64, _MM_HINT_T0);
+    for (int64_t k = 0; k < K; k += 32, w += 1024, a += 512, below += 512) {
+        for (int i = 0; first && i < 32; i++) _mm_prefetch((const char*)w + 4096 + i * 64, _MM_HINT_T0);
+        for (int i = 0; !first && i < 16; i++) _mm_prefetch((const char*)a + 2048 + i * 64, _MM_HINT_T0);
         _tile_loadd(6, w, 128);
         _tile_loadd(7, w + 32, 128);
-        _tile_loadd(4, a + k, step);
+        _tile_loadd(4, a, 64);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         if (rows > 16) {
-            _tile_loadd(5, a + 16 * lda + k, step);
+            for (int i = 0; !first && i < 16; i++) _mm_prefetch((const char*)below + 2048 + i * 64, _MM_HINT_T0);
+            _tile_loadd(5, below, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -82,13 +88,13 @@ static inline void amx_tile(int rows, const bf16* a, int64_t lda, const bf16* w,
 }
 
 // One tile of columns for all rows of a block; `configured` remembers the rows the tiles are set up for.
-static void columns(const Op& o, const bf16* a, int64_t lda, int64_t tile, int64_t r0, int rows, int& configured) {
+static void columns(const Op& o, const bf16* a, int64_t tile, int64_t r0, int rows, int& configured) {
     alignas(64) float c[32 * 32];
     const bf16* w = (const bf16*)o.p[1] + tile * 32 * o.n[0];
     for (int r = 0; r < rows; r += 32) {
         int m = rows - r < 32 ? rows - r : 32;
         if (m != configured) configure(configured = m);
-        amx_tile(m, a + r * lda, lda, w, o.n[0], c);
+        amx_tile(m, a + r * o.n[0], w, o.n[0], c, r == 0);
         store_any(o, c, tile, r0 + r, m);
     }
 }
@@ -119,13 +125,14 @@ static void columns(const Op& o, const P* a, int64_t lda, int64_t tile, int64_t 
 
 template <class T> static void linear(const Op& o, const Context& c) {
     typedef Panel<T> P;
+    static constexpr int STEP = PX_AMX && sizeof(T) == 2 ? 32 : MAX_ROWS;
     const int64_t K = o.n[0], Kx = o.n[6], M = c.rows(o), tiles = (o.n[1] + 31) / 32, unit = 96;
     const int64_t lda = K + 64 / (int64_t)sizeof(P);  // not a power of two: rows must not share cache sets
     int64_t block = 400 * 1024 / (lda * (int64_t)sizeof(P)) / unit * unit;
     block = block < unit ? unit : block;
     int64_t blocks = (M + block - 1) / block, run = (tiles * blocks + 4 * c.count - 1) / (4 * c.count);
     if (!blocks) return;
-    block = ((M + blocks - 1) / blocks + MAX_ROWS - 1) / MAX_ROWS * MAX_ROWS;
+    block = ((M + blocks - 1) / blocks + STEP - 1) / STEP * STEP;
     run = run < 1 ? 1 : run > tiles ? tiles : run;
     const int64_t runs = (tiles + run - 1) / run;
     P* a = (P*)scratch(block * lda * sizeof(P));
@@ -135,6 +142,12 @@ template <class T> static void linear(const Op& o, const Context& c) {
         const int64_t b = item / runs, r0 = b * block, rows = M - r0 < block ? M - r0 : block;
         if (rows <= 0) continue;
         for (int64_t r = 0; b != held && r < rows; r++) {
+#if PX_AMX
+            if constexpr (sizeof(T) == 2) {
+                into_tiles((const T*)o.p[0] + (r0 + r) * o.n[2], a, r, Kx, K);
+                continue;
+            }
+#endif
             widen((const T*)o.p[0] + (r0 + r) * o.n[2], a + r * lda, Kx);
             memset((void*)(a + r * lda + Kx), 0, (K - Kx) * sizeof(P));
         }
@@ -142,7 +155,7 @@ template <class T> static void linear(const Op& o, const Context& c) {
         for (int64_t t = item % runs * run, end = t + run < tiles ? t + run : tiles; t < end; t++) {
 #if PX_AMX
             if constexpr (sizeof(T) == 2)
-                columns(o, a, lda, t, r0, (int)rows, configured);
+                columns(o, a, t, r0, (int)rows, configured);
             else
 #endif
                 columns(o, a, lda, t, r0, (int)rows, (const T*)o.p[1]);

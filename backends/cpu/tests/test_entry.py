@@ -8,6 +8,7 @@ import torch
 
 from polyradix_cpu import entry, host
 from polyradix_cpu.device import Entry
+from polyradix_cpu.native import lib
 
 
 @pytest.fixture
@@ -65,3 +66,8 @@ def test_threads_are_set():
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+def test_every_kernel_library_was_built():
+    """Also those that this processor cannot run: nothing else would notice that one does not compile."""
+    assert [isa for isa in lib.NEEDS if not lib._path(isa).exists()] == []
