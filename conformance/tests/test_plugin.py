@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from polyradix_conformance.cases import all_cases
+
 pytest_plugins = ["pytester"]
+all_cases()  # pytester drops what its runs import, and a module of cases cannot be imported twice
 
 TEST = """
 import pytest
@@ -21,8 +24,7 @@ def run(pytester: pytest.Pytester) -> Run:
     def run(*args: str, mark: str = 'backend="numpy"', body: str = "conformance_case.check()") -> pytest.RunResult:
         pytester.makepyfile(TEST.format(mark=mark, body=body))
         pytester.makeini("[pytest]\nasyncio_default_fixture_loop_scope = function\n")
-        plugin = ("-p", "polyradix_conformance.plugin")
-        return pytester.runpytest_inprocess("-p", "no:cacheprovider", *plugin, *args)
+        return pytester.runpytest_inprocess("-p", "no:cacheprovider", *args)
 
     return run
 
