@@ -37,10 +37,17 @@ class Rig:
         self.worst = 0.0
         self._packed = 0
 
+    @property
+    def ranks(self) -> int:
+        return self.backend.collectives.size
+
     def pack(self, kind: ParamKind, value: Arr, bias: Arr | None = None, segments: tuple[int, ...] = ()) -> Any:
+        """Split over ranks as in a model: logits by rows, linear_reduce by columns, linear by rows of each segment; one
+        without segments is whole on every rank."""
+        axis = {"linear": 0 if segments else None, "linear_reduce": 1, "logits": 0}.get(kind)
         dtype: Any = "float32" if kind == "rope" else self.dtype
         self._packed += 1
-        spec = ParamSpec(f"{kind}_{self._packed}", kind, value.shape, dtype, segments, None, bias is not None)
+        spec = ParamSpec(f"{kind}_{self._packed}", kind, value.shape, dtype, segments, axis, bias is not None)
         host = {"weight": value, "bias": bias}
         return self.backend.pack(spec, lambda part="weight": np.asarray(host[part]).astype(HOST[dtype]))
 
@@ -80,7 +87,7 @@ class Rig:
     def logits(self, fn: Verb, x: Arr, top: dict[str, Any]) -> Arr:
         """fn -> logits [T,V], of x [T,N] as T sequences of one token."""
         rows = Ragged((1,) * len(x), self.page)
-        _, kv = self.kv(rows.num_pages, Heads(1, 1, 64))
+        _, kv = self.kv(rows.num_pages, Heads(self.ranks, self.ranks, 64))
         params = Params({**top, "x": self.pack("embed", x)}, [])
         run = self.compile(lambda ops, p, kv, m: (fn(ops, ops.embed(p.top["x"], m), p.top, m), kv), params)
         out, _ = run(kv, rows.batch([Part(s, 0, 1) for s in range(len(x))]))
@@ -93,8 +100,8 @@ class Rig:
         """fn -> (q [T,Hq,D], and two arrays [T,Hk,D]), of x [T,N] as one sequence; the two, read from the cache."""
         rows = Ragged((len(x),), self.page)
         _, kv = self.kv(rows.num_pages, heads)
-        end = self.pack("logits", np.eye(8, heads.q * heads.dim))
-        params = Params({**top, "x": self.pack("embed", x), "end": end}, [{}])
+        end = {"o": self.pack("linear_reduce", np.eye(8, heads.q * heads.dim)), "end": self.pack("logits", np.eye(8))}
+        params = Params({**top, **end, "x": self.pack("embed", x)}, [{}])
 
         def step(ops: Any, p: Params, kv: Any, m: Any) -> tuple[Any, Any]:
             x = ops.embed(p.top["x"], m)
@@ -104,7 +111,7 @@ class Rig:
                 return ops.attend(q, first, second, kv, m, AttnSpec(heads, heads.dim**-0.5))
 
             out, kv = ops.layers(body, p.layers, x, kv)
-            return ops.logits(ops.last(out, m), p.top["end"]), kv
+            return ops.logits(ops.last(ops.linear_reduce(out, p.top["o"]), m), p.top["end"]), kv
 
         part = Part(0, 0, len(x))
         _, kv = self.compile(step, params)(kv, rows.batch([part]))
