@@ -1,0 +1,1 @@
+"""`conform matrix`: verbs and features by backends, every cell counted from reports and from nothing else."""
