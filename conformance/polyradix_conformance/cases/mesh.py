@@ -102,7 +102,8 @@ def judge(rig: Rig, name: str, args: tuple[Any, ...], xs: list[Arr], got: Arr) -
     truth = answer(name, EXACT, xs, args)
     others = [answer(name, p, xs, args) for p in oracle.emulated(rig.dtype)]
     for rank, want in enumerate(truth):
-        what, mine = f"{name}{args} of {want.ndim} axes, rank {rank}", talk.part(got, rank, len(xs), 1)
+        mine = talk.part(got, rank, len(xs), 1)
+        what = f"{name}({', '.join(map(str, args))}) of {want.ndim} axes, rank {rank}"
         if name in SUMS and len(xs) > 1:
             rig.close(what, mine, want, floor(want, [o[rank] for o in others], rig.dtype))
         else:
