@@ -24,8 +24,8 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class PerfCase:
-    """`cost` is of one call. `streams`: what it reads overflows caches, so it can show what memory does. `probe`: it is
-    run first, to find the ceiling."""
+    """`cost` is of one call. `streams`: what it reads overflows caches, so it shows what memory does. `probe`: the
+    ceiling is taken from it."""
 
     id: str
     cost: Cost

@@ -39,7 +39,7 @@ def head(rig: Rig, shape: Shape, x: Arr, w: Arr) -> Program:
 
 
 def logits(rig: Rig, scale: Scale, seqs: int, hidden: int, vocab: int) -> Subject:
-    """Several steps with weights of their own in turn, less a step with few logits."""
+    """Several steps with weights of their own in turn, less a step with few logits. Launches are done in order."""
     shape, dtype = Shape(seqs, 1, 1), rig.dtype
     x, w = normal("x", (seqs, hidden), dtype), weights("head", vocab, hidden, dtype)
     programs = [head(rig, shape, x, w) for _ in range(scale.layers(vocab * hidden * size_of(dtype)))]
@@ -57,7 +57,7 @@ def logits(rig: Rig, scale: Scale, seqs: int, hidden: int, vocab: int) -> Subjec
 
 
 def sample(rig: Rig, seqs: int, vocab: int, row: SampleRow) -> Subject:
-    """Launched again and again on the same logits; the order of launches makes the last result wait for all."""
+    """Launched again and again on the same logits, and done in the order of launching. The logits are the backend's."""
     w = weights("head", vocab, COLUMNS, rig.dtype)
     on_device = head(rig, Shape(seqs, 1, 1), normal("x", (seqs, COLUMNS), rig.dtype), w).launch()
     x = rig.fetch(on_device, (seqs, vocab))
