@@ -4,5 +4,5 @@ import pytest
 
 
 @pytest.mark.conformance(backend="eager", profile="dense")
-def test_conformance(conformance_case):
-    conformance_case()
+def test_conformance(conformance_case) -> None:
+    conformance_case.check()
