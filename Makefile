@@ -16,7 +16,8 @@ SHELL := bash
 
 BIN := .venv/bin
 CORE := .venv-core/bin
-PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu conformance/polyradix_conformance
+PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
+            conformance/polyradix_conformance
 SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
 NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
 pytest = PYTHONPATH=ci $(1)/python -m pytest -p strict
@@ -73,7 +74,7 @@ clean:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q -e core -e conformance -r ci/requirements-test.txt
+	$(BIN)/pip install -q -e core -e backends/cuda -e conformance -r ci/requirements-test.txt
 	touch $@
 
 .venv-core/tested: $(SETUP)

@@ -24,7 +24,7 @@ def torch_dtype(name: str) -> Any:
 
 def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
     """A copy on `device` that shares no memory with `x`, of the same shape and dtype."""
-    own = np.array(x, order="C")
+    own = np.array(x, order="C") if device == "cpu" else np.ascontiguousarray(x)
     if own.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(own).to(device)

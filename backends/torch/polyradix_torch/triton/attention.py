@@ -1,0 +1,209 @@
+"""Paged attention: split decode (Flash-Decoding, Dao et al., 2023) and ragged prefill (FlashAttention-2, Dao, 2023).
+
+The cache is [pages, page, Hk, D]. A sequence's pages are a run of one flat list: pages[page_start[s] + i].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from polyradix.backend.protocol import AttnSpec
+
+LOG2E = 1.4426950408889634
+ROWS = 16  # the least rows of a matrix product; a kv head's query heads are padded up to it
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Where each sequence's keys are; int32 on the device. `tiles` [n,2] are (sequence, first query row in it)."""
+
+    cu_q: torch.Tensor  # [S+1]
+    kv_len: torch.Tensor  # [S]
+    page_start: torch.Tensor  # [S]
+    pages: torch.Tensor
+    tiles: torch.Tensor | None = None
+
+
+@triton.jit
+def _scores(q, k, scale, cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
+    """In units of log2."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if CAP:
+        s = cap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * s / cap)) - 1.0)
+    return s * 1.4426950408889634
+
+
+@triton.jit
+def _decode(
+    q, keys, values, out, part, lse, kv_len, page_start, pages, scale, cap, window, q_row, HK,
+    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    s, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    n = tl.load(kv_len + s)
+    first = tl.maximum(n - window, 0)
+    share = tl.cdiv(tl.cdiv(n - first, SPLITS), BLOCK) * BLOCK
+    begin = first + split * share
+    end = tl.minimum(begin + share, n)
+    g, d, j = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, BLOCK)
+    rows = (g < G)[:, None] & (d < D)[None, :]
+    query = tl.load(q + s * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
+    mine = pages + tl.load(page_start + s)
+    top = tl.full((GP,), -1e30, tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    acc = tl.zeros((GP, DP), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + j
+        seen = at < end
+        page = tl.load(mine + at // PAGE, mask=seen, other=0).to(tl.int64)
+        row = ((page * PAGE + at % PAGE) * HK + h) * D
+        inside = seen[:, None] & (d < D)[None, :]
+        k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
+        v = tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+        score = tl.where(seen[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        fix = tl.exp2(top - new)
+        p = tl.exp2(score - new[:, None])
+        total = total * fix + tl.sum(p, 1)
+        acc = acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        top = new
+    head = s * HK * G + h * G + g
+    if SPLITS == 1:
+        result = acc / total[:, None]
+        tl.store(out + head[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
+    else:
+        place = head * SPLITS + split
+        tl.store(part + place[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=rows)
+        tl.store(lse + place, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf")), mask=g < G)
+
+
+@triton.jit
+def _merge(part, lse, out, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+    head = tl.program_id(0).to(tl.int64)
+    i, d = tl.arange(0, PADDED), tl.arange(0, DP)
+    logs = tl.load(lse + head * SPLITS + i, mask=i < SPLITS, other=-float("inf"))
+    weight = tl.exp2(logs - tl.max(logs, 0))
+    inside = (i < SPLITS)[:, None] & (d < D)[None, :]
+    x = tl.load(part + (head * SPLITS + i)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + head * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+def _precision(x: torch.Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def decode(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec, splits: int) -> torch.Tensor:
+    """One query row a sequence: q [S,Hq,D] -> [S,Hq*D]. The keys of a sequence are cut into `splits` parts."""
+    count, heads, dim = q.shape
+    page, kv_heads = kv[0].shape[1:3]
+    group, wide = heads // kv_heads, triton.next_power_of_2(dim)
+    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
+    part, lse = out, out
+    if splits > 1:
+        part = torch.empty(count, heads, splits, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
+    block = 64 if wide * q.element_size() <= 256 else 32
+    _decode[(count, kv_heads, splits)](
+        q, *kv, out, part, lse, at.kv_len, at.page_start, at.pages, a.scale, a.softcap or 0.0, a.window or 1 << 30,
+        q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)), dim, wide, page, block, splits,
+        a.softcap is not None, _precision(q), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if splits > 1:
+        _merge[(count * heads,)](part, lse, out, dim, wide, splits, triton.next_power_of_2(splits), num_warps=2)
+    return out.flatten(1)
+
+
+@triton.jit
+def _blocks(
+    acc, total, top, query, keys, values, mine, scale, cap, window, begin, end, position, h, HK, n,
+    D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    d, j = tl.arange(0, DP), tl.arange(0, BLOCK)
+    for start in range(begin, end, BLOCK):
+        at = start + j
+        known = at < n
+        page = tl.load(mine + at // PAGE, mask=known, other=0).to(tl.int64)
+        row = ((page * PAGE + at % PAGE) * HK + h) * D
+        inside = known[:, None] & (d < D)[None, :]
+        k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
+        v = tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+        score = _scores(query, k, scale, cap, CAP, PRECISION)
+        if MASKED:
+            seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
+            score = tl.where(seen, score, -float("inf"))
+        new = tl.maximum(top, tl.max(score, 1))
+        fix = tl.exp2(top - new)
+        p = tl.exp2(score - new[:, None])
+        total = total * fix + tl.sum(p, 1)
+        acc = acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        top = new
+    return acc, total, top
+
+
+@triton.jit
+def _prefill(
+    q, keys, values, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
+    s, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    q0 = tl.load(cu_q + s)
+    count, n = tl.load(cu_q + s + 1) - q0, tl.load(kv_len + s)
+    i, d = first + tl.arange(0, TILE), tl.arange(0, DP)
+    position = n - count + i
+    rows = (i < count)[:, None] & (d < D)[None, :]
+    token = (q0 + i).to(tl.int64)
+    query = tl.load(q + token[:, None] * q_row + head * D + d[None, :], mask=rows, other=0.0)
+    mine = pages + tl.load(page_start + s)
+    top = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    acc = tl.zeros((TILE, DP), tl.float32)
+    low = n - count + first  # the first row's position
+    end = tl.minimum(low + TILE, n)
+    begin = tl.maximum(low - window + 1, 0) // BLOCK * BLOCK
+    whole = tl.maximum((low + 1) // BLOCK * BLOCK, begin)  # blocks before it are seen by every row
+    inner = begin
+    if window < (1 << 30):
+        inner = tl.minimum(tl.maximum(tl.cdiv(low + TILE - window, BLOCK) * BLOCK, begin), whole)
+    h = head // G
+    acc, total, top = _blocks(
+        acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, n,
+        D, DP, PAGE, BLOCK, True, CAP, PRECISION,
+    )  # fmt: skip
+    acc, total, top = _blocks(
+        acc, total, top, query, keys, values, mine, scale, cap, window, inner, whole, position, h, HK, n,
+        D, DP, PAGE, BLOCK, False, CAP, PRECISION,
+    )  # fmt: skip
+    acc, total, top = _blocks(
+        acc, total, top, query, keys, values, mine, scale, cap, window, whole, end, position, h, HK, n,
+        D, DP, PAGE, BLOCK, True, CAP, PRECISION,
+    )  # fmt: skip
+    result = acc / total[:, None]
+    tl.store(out + (token[:, None] * HQ + head) * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
+
+
+def tile_rows(dim: int, bytes_each: int) -> int:
+    """Query rows of one prefill tile."""
+    return 128 if dim * bytes_each <= 256 else 64 if dim * bytes_each <= 512 else 32
+
+
+def prefill(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec) -> torch.Tensor:
+    """Any number of query rows a sequence, its newest tokens: q [T,Hq,D] -> [T,Hq*D]. Needs at.tiles."""
+    assert at.tiles is not None
+    rows, heads, dim = q.shape
+    page, kv_heads = kv[0].shape[1:3]
+    tile, wide = tile_rows(dim, q.element_size()), triton.next_power_of_2(dim)
+    out = torch.empty(rows, heads, dim, dtype=q.dtype, device=q.device)
+    _prefill[(heads, len(at.tiles))](
+        q, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
+        a.window or 1 << 30, q.stride(0), heads, kv_heads, heads // kv_heads, dim, wide, page, tile,
+        64 if tile > 32 else 32, a.softcap is not None, _precision(q), num_warps=8 if tile == 128 else 4, num_stages=3,
+    )  # fmt: skip
+    return out.flatten(1)

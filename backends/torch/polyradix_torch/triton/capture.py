@@ -1,0 +1,88 @@
+"""Decode steps captured as device graphs, one per size: a replay costs one launch whatever the model's depth.
+
+A graph reads one static batch, which `load` fills by a copy on the same stream, so that two batches may be in flight.
+Rows beyond the sequences of a batch decode position 0 of scratch page 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from polyradix.backend.batch import HostBatch
+from polyradix.backend.protocol import Array, Limits, Ops, Params, Step
+from polyradix_torch.triton.attention import Paged
+from polyradix_torch.triton.ops import GpuMeta
+from polyradix_torch.triton.upload import flat_pages, pinned
+
+FIELDS = ("tokens", "positions", "slots", "from_prev", "kv_len", "page_start")
+
+
+def sizes(most: int) -> list[int]:
+    """Numbers of sequences that graphs are made for: 1, 2, 4, then every 8 up to `most`."""
+    return sorted({*(n for n in (1, 2, 4) if n <= most), *range(8, most, 8), most})
+
+
+class StaticBatch:
+    """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, then the pages of `page` tokens."""
+
+    def __init__(self, limits: Limits, page: int, device: torch.device) -> None:
+        self.most, self.page, self.device = limits.max_seqs, page, device
+        most, room = self.most, self.most * -(-limits.max_context // page) + 1
+        self.buffer = torch.zeros(len(FIELDS) * most + room, dtype=torch.int32, device=device)
+        self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
+        self.rows = torch.arange(most + 1, dtype=torch.int32, device=device)
+
+    def load(self, batch: HostBatch) -> None:
+        """One copy. Padding rows have one key, on page 0, which ends the list of pages."""
+        flat, starts = flat_pages(batch, self.page)
+        n = batch.num_seqs
+        rows = np.zeros((len(FIELDS), self.most), np.int32)
+        rows[3], rows[4], rows[5] = -1, 1, len(flat)
+        given = (batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.kv_len, starts)
+        for row, values in zip(rows, given, strict=True):
+            row[:n] = values
+        host = pinned([rows, flat, np.zeros(1, np.int32)], self.device)
+        self.buffer[: len(host)].copy_(host, non_blocking=True)
+
+    def meta(self, count: int, splits: int) -> GpuMeta:
+        """The first `count` rows as a batch."""
+        f = {name: x[:count] for name, x in self.fields.items()}
+        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], self.buffer[len(FIELDS) * self.most :])
+        return GpuMeta(f["tokens"], f["positions"], f["slots"], self.rows[:count].long(), paged, splits)
+
+
+class Graphs:
+    """One step's graphs over one set of parameters, cache and static batch; captured anew when these change."""
+
+    def __init__(self, step: Step, ops: Ops, processors: int) -> None:
+        self._step, self._ops, self._processors = step, ops, processors
+        self._bound: tuple[Any, ...] = ()
+        self._made: dict[int, tuple[Any, Array, GpuMeta]] = {}
+        self._pool: Any = None
+
+    def __call__(self, params: Params, kv: Any, static: StaticBatch, seqs: int) -> Array:
+        """Logits [seqs,V] of the batch that `static` holds; valid until the next call."""
+        bound = params, kv, static
+        if not self._bound or any(a is not b for a, b in zip(self._bound, bound, strict=True)):
+            self._bound, self._made, self._pool = bound, {}, None
+        size = next(n for n in sizes(static.most) if n >= seqs)
+        if size not in self._made:
+            self._made[size] = self._capture(params, kv, static, size)
+        graph, logits, _ = self._made[size]
+        graph.replay()
+        return logits[:seqs]
+
+    def _capture(self, params: Params, kv: Any, static: StaticBatch, size: int) -> tuple[Any, Array, GpuMeta]:
+        heads = kv[0][0].shape[2]
+        splits = max(1, min(32, 2 * self._processors // (size * heads)))
+        meta = static.meta(size, splits)  # lives as long as the graph, which reads its tensors
+        self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            logits, _ = self._step(self._ops, params, kv, meta)
+        self._pool = self._pool or graph.pool()
+        return graph, logits, meta

@@ -1,0 +1,78 @@
+"""The contract's verbs over Triton kernels; matrix products are torch's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.expand import Expansions
+from polyradix.backend.protocol import AttnSpec, Heads
+from polyradix_torch.ops import Linear
+from polyradix_torch.triton import attention, rows
+from polyradix_torch.triton.attention import Paged
+
+
+@dataclass(frozen=True)
+class GpuMeta:
+    """One batch on the device, int32. `splits` is set when every sequence has one row: a decode."""
+
+    tokens: torch.Tensor  # [T]
+    positions: torch.Tensor  # [T]
+    slots: torch.Tensor  # [T]
+    last: torch.Tensor  # [S]
+    paged: Paged
+    splits: int | None = None
+
+
+class TritonOps(Expansions):
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place."""
+
+    def embed(self, w: torch.Tensor, m: GpuMeta) -> torch.Tensor:
+        return F.embedding(m.tokens, w)
+
+    def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x)
+
+    def linear_reduce(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x)
+
+    def qkv(self, x: torch.Tensor, w: Linear, heads: Heads) -> tuple[torch.Tensor, ...]:
+        parts = w(x).view(len(x), heads.q + 2 * heads.kv, heads.dim)
+        return tuple(parts.split([heads.q, heads.kv, heads.kv], dim=1))
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+    def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        return rows.rms_norm(x, w, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.add_rms_norm(x, residual, w, eps)
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, m: GpuMeta
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rows.rope(q, k, table, m.positions)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
+        rows.write(k, v, kv, m.slots)
+        if m.splits is None:
+            return attention.prefill(q, kv, m.paged, a), kv
+        return attention.decode(q, kv, m.paged, a, m.splits), kv
+
+    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
+        if kind != "silu":
+            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+        return rows.gated(x)
+
+    def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
+        return x[m.last]
+
+    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return w(x).float()

@@ -1,0 +1,159 @@
+"""Kernels over rows: norms, rope, gated activation, the write into the cache, and the largest logit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LANES = 1024  # columns of one program of the argmax
+
+
+@triton.jit
+def _norm(x, residual, w, out, total, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < width
+    v = tl.load(x + row * width + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        v += tl.load(residual + row * width + at, mask=mask, other=0.0).to(tl.float32)
+        rounded = v.to(total.dtype.element_ty)
+        tl.store(total + row * width + at, rounded, mask=mask)
+        v = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(v * v) / width + eps)
+    weight = tl.load(w + at, mask=mask, other=0.0)
+    tl.store(out + row * width + at, (v * scale * weight).to(out.dtype.element_ty), mask=mask)
+
+
+def _warps(width: int) -> int:
+    return min(16, max(1, triton.next_power_of_2(width) // 512))
+
+
+def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [...,width], w [width] float32 -> the same shape. Over the last axis; statistics in float32."""
+    x = x.contiguous()
+    out, width = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(width)
+    _norm[(x.numel() // width,)](x, x, w, out, out, width, eps, False, block, num_warps=_warps(width))
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of residual + x (rounded first), and that sum: x and residual [T,width]."""
+    x, residual = x.contiguous(), residual.contiguous()
+    out, total, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(width)
+    _norm[(len(x),)](x, residual, w, out, total, width, eps, True, block, num_warps=_warps(width))
+    return out, total
+
+
+@triton.jit
+def _rope(q, k, q_out, k_out, table, positions, q_row, k_row, HQ, HK, D: tl.constexpr, HALF: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, HALF)
+    mask = at < D // 2
+    angle = table + tl.load(positions + row).to(tl.int64) * D + at
+    cos = tl.load(angle, mask=mask, other=0.0)
+    sin = tl.load(angle + D // 2, mask=mask, other=0.0)
+    if head < HQ:
+        source, target = q + row * q_row + head * D, q_out + (row * HQ + head) * D
+    else:
+        source, target = k + row * k_row + (head - HQ) * D, k_out + (row * HK + head - HQ) * D
+    a = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(source + D // 2 + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target + at, (a * cos - b * sin).to(q_out.dtype.element_ty), mask=mask)
+    tl.store(target + D // 2 + at, (b * cos + a * sin).to(q_out.dtype.element_ty), mask=mask)
+
+
+def rope(
+    q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [T,Hq,D] and k [T,Hk,D], whose heads are contiguous; table [positions,D] float32, cos then sin."""
+    rows, heads, dim = q.shape
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    grid, half = (rows, heads + k.shape[1]), triton.next_power_of_2(dim // 2)
+    _rope[grid](
+        q, k, q_out, k_out, table, positions, q.stride(0), k.stride(0), heads, k.shape[1], dim, half, num_warps=1
+    )
+    return q_out, k_out
+
+
+@triton.jit
+def _gated(x, out, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < width
+    gate = tl.load(x + row * 2 * width + at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * width + width + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + row * width + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask)
+
+
+def gated(x: torch.Tensor) -> torch.Tensor:
+    """x [T,2F] -> [T,F]: silu(first half) * second half."""
+    width = x.shape[1] // 2
+    out = x.new_empty(len(x), width)
+    _gated[(len(x), triton.cdiv(width, 1024))](x.contiguous(), out, width, 1024, num_warps=4)
+    return out
+
+
+@triton.jit
+def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    mask = at < SIZE
+    target = tl.load(slots + row).to(tl.int64) * SIZE + at
+    tl.store(keys + target, tl.load(k + row * k_row + at, mask=mask), mask=mask)
+    tl.store(values + target, tl.load(v + row * v_row + at, mask=mask), mask=mask)
+
+
+def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
+    """Row t of k and v [T,Hk,D], whose heads are contiguous, into slot slots[t] of the cache [pages,page,Hk,D]."""
+    size = k.shape[1] * k.shape[2]
+    block = triton.next_power_of_2(size)
+    _write[(len(k),)](k, v, *kv, slots, k.stride(0), v.stride(0), size, block, num_warps=min(8, max(1, block // 256)))
+
+
+@triton.jit
+def _best(x, value, index, width, BLOCK: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + row * width + at, mask=at < width, other=-float("inf"))
+    top, where = tl.max(v, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(value + row * tl.num_programs(1) + part, top)
+    tl.store(index + row * tl.num_programs(1) + part, part * BLOCK + where)
+
+
+@triton.jit
+def _best_of(value, index, out, parts, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    v = tl.load(value + row * parts + at, mask=at < parts, other=-float("inf"))
+    _, where = tl.max(v, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(out + row, tl.load(index + row * parts + where))
+
+
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """x [S,V] float32 -> i32[S], the lowest index among equals."""
+    rows, width = x.shape
+    parts = triton.cdiv(width, LANES)
+    value = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
+    index = torch.empty(rows, parts, dtype=torch.int32, device=x.device)
+    out = torch.empty(rows, dtype=torch.int32, device=x.device)
+    _best[(rows, parts)](x.contiguous(), value, index, width, LANES, num_warps=4)
+    _best_of[(rows,)](value, index, out, parts, triton.next_power_of_2(parts), num_warps=1)
+    return out
+
+
+@triton.jit
+def _take(tokens, source, prev, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(source + at, mask=at < count, other=-1)
+    token = tl.load(prev + row, mask=row >= 0, other=0)
+    tl.store(tokens + at, token, mask=row >= 0)
+
+
+def take_previous(tokens: torch.Tensor, source: torch.Tensor, prev: torch.Tensor) -> None:
+    """tokens[t] = prev[source[t]] where source[t] >= 0, in place; all int32."""
+    _take[(triton.cdiv(len(source), 1024),)](tokens, source, prev, len(source), 1024)

@@ -1,0 +1,44 @@
+"""Puts a HostBatch on the device in one copy: every field is a view of one int32 buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from polyradix.backend.batch import I32, HostBatch
+from polyradix_torch.triton.attention import Paged
+from polyradix_torch.triton.ops import GpuMeta
+
+
+def pinned(parts: list[I32], device: torch.device) -> torch.Tensor:
+    """The parts one after another, on the host; pinned when the device is not the host itself."""
+    host = torch.empty(sum(p.size for p in parts), dtype=torch.int32, pin_memory=device.type != "cpu")
+    np.concatenate([p.ravel() for p in parts], out=host.numpy())
+    return host
+
+
+def flat_pages(batch: HostBatch, page: int) -> tuple[I32, I32]:
+    """All sequences' pages one after another, and where each starts [S]."""
+    counts = -(-batch.kv_len // page)
+    starts = np.zeros(len(counts), np.int32)
+    np.cumsum(counts[:-1], out=starts[1:])
+    used = np.arange(batch.pages.shape[1])[None, :] < counts[:, None]
+    return batch.pages[used], starts
+
+
+def tiles(batch: HostBatch, rows: int) -> I32:
+    """[n,2]: (sequence, first row) of every tile of `rows` query rows, sequence by sequence."""
+    counts = -(-np.diff(batch.cu_q) // rows)
+    seqs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    first = np.arange(len(seqs)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([seqs, first * rows], axis=1).astype(np.int32)
+
+
+def upload(batch: HostBatch, page: int, rows: int, device: torch.device) -> tuple[GpuMeta, torch.Tensor]:
+    """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]."""
+    pages, starts = flat_pages(batch, page)
+    parts = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts]
+    parts += [pages, tiles(batch, rows)]
+    whole = pinned(parts, device).to(device, non_blocking=True)
+    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, tile = whole.split([p.size for p in parts])
+    return GpuMeta(tokens, positions, slots, last, Paged(cu_q, kv_len, start, flat, tile.view(-1, 2))), source

@@ -1,0 +1,129 @@
+"""The GPU table: our engine, in this process, on the workloads that the peers were measured on, beside their figures.
+
+    python bench/h100.py [--only NAME,...] [--runs 3] [--json out.json]
+
+Random weights in the shape of Llama-3.1-8B, bf16, prompts of random token ids, greedy, no stop, prefix cache flushed
+before each run; the median of `--runs` after one warm-up. Time runs from submission to the last token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyradix.engine.config import EngineConfig
+from polyradix.engine.core import EngineCore
+from polyradix.schedule.params import SamplingParams
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    name: str
+    requests: int
+    shared: int  # tokens that a group has in common
+    unique: int
+    output: int
+    best: int  # the better peer, tokens/s
+    needed: int
+    groups: int = 1
+
+    def prompts(self, rng: np.random.Generator) -> list[np.ndarray]:
+        heads = [rng.integers(1000, 100_000, self.shared, np.int32) for _ in range(self.groups)]
+        return [
+            np.concatenate([heads[i % self.groups], rng.integers(1000, 100_000, self.unique, np.int32)])
+            for i in range(self.requests)
+        ]
+
+    @property
+    def counts_input(self) -> bool:
+        return self.output == 1
+
+    @property
+    def tokens(self) -> int:
+        return self.requests * (self.shared + self.unique if self.counts_input else self.output)
+
+
+WORKS = (
+    Work("single", 1, 0, 128, 256, 153, 165),
+    Work("decode", 64, 0, 128, 256, 7467, 7850),
+    Work("throughput", 256, 0, 512, 128, 6467, 6700),
+    Work("prefill", 16, 0, 4096, 1, 41388, 40000),
+    Work("shared", 256, 2048, 64, 64, 6543, 7000, 8),
+)
+
+
+def run(core: EngineCore, prompts: list[np.ndarray], output: int) -> dict[str, float]:
+    """Seconds from submission to the last token, and of the engine's own work per step."""
+    params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+    before = json.loads(json.dumps({"steps": core.stats().steps, "host": core.stats().host_seconds}))
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        core.submit(f"{start}-{i}", prompt, params)
+    count = 0
+    while core.has_work:
+        count += sum(len(chunk.tokens) for chunk in core.step())
+    seconds = time.perf_counter() - start
+    assert count == len(prompts) * output, f"{count} tokens came; expected {len(prompts) * output}"
+    steps = core.stats().steps - before["steps"]
+    host = 1000 * (core.stats().host_seconds - before["host"]) / steps
+    return {"seconds": seconds, "steps": steps, "host_ms_per_step": host}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="workloads, comma separated")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of EngineConfig")
+    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="fewer, for a quick look")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    options: dict[str, Any] = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.option)}
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": args.layers}))
+        base: dict[str, Any] = {"max_context": 8192, "max_seqs": 256, "mem_fraction": 0.85, "load_format": "dummy"}
+        core = EngineCore(EngineConfig(model=folder, device=args.device, **(base | options)))
+    rng = np.random.default_rng(0)
+    run(core, WORKS[0].prompts(rng), 1)
+    print(f"{core.info()}\nfirst answer after {time.perf_counter() - begin:.1f} s", flush=True)
+    report: dict[str, Any] = {}
+    for work in (w for w in WORKS if not args.only or w.name in args.only.split(",")):
+        results = []
+        for i in range(args.runs + 1):
+            core.flush_cache()
+            results.append(run(core, work.prompts(rng), work.output))
+            if i == 0:
+                results.clear()
+        seconds = statistics.median(r["seconds"] for r in results)
+        speed = work.tokens / seconds
+        report[work.name] = {"tok_s": speed, "runs": results}
+        kind = "input" if work.counts_input else "output"
+        first = results[0]
+        print(
+            f"| {work.name:10} | {speed:8.0f} {kind} tok/s | best peer {work.best} ({speed / work.best:.2f}x) | "
+            f"required {work.needed} | {first['host_ms_per_step']:.2f} ms host/step, {first['steps']} steps |",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
