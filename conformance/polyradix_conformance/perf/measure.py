@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -20,16 +19,18 @@ Status = Literal["pass", "fail", "error", "unsupported"]
 CHAINS = 5  # at least
 AIM = 15  # if there is time
 WARM = 2  # launches before the timing
-NOISE = 1.5  # times the quickest, from which a median is marked
+NOISY = 0.5  # of a time: a doubt that is remarked on
+STEADY = 0.05  # of a time: a doubt that does not matter
 IN_FLIGHT = 64  # launches of a chain at most
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: `median`, and those of the quickest chains as `best`."""
+    """Seconds per call: `median`, and `sure`, in which it was certainly done: the median where the chains agree, else
+    the quickest chain with all that is around the call, which noise can only lengthen."""
 
     median: float
-    best: float
+    sure: float
     remark: str = ""
 
 
@@ -42,9 +43,9 @@ class Measured:
     timing: Timing | None = None
     detail: str = ""
 
-    def best(self, amount: int) -> float:
+    def rate(self, amount: int) -> float:
         """Bytes or operations per second, in units of 1e9; 0 for what was not timed or is wrong."""
-        return amount / self.timing.best / 1e9 if self.timing and self.status == "pass" else 0.0
+        return amount / self.timing.sure / 1e9 if self.timing and self.status == "pass" else 0.0
 
 
 def measure(backend: Backend, dtype: str, case: PerfCase, seconds: float) -> Measured:
@@ -74,17 +75,20 @@ def timed(subject: Subject, seconds: float) -> tuple[Timing, Arr]:
     once = sum(_lasts(chain, 1)[0] for chain in chains)
     times = max(1, min(IN_FLIGHT, int(seconds / AIM / once)))
     spent = [[_lasts(chain, times) for chain in chains] for _ in range(max(CHAINS, int(seconds / (times * once))))]
+    many = [turn[-1][0] for turn in spent]
+    few = [turn[0][0] for turn in spent] if subject.few else [0.0]
+    return _timing(many, few, times * subject.calls), spent[-1][-1][1]
 
-    def extra(pick: Callable[[Iterable[float]], float]) -> float:
-        without = pick(turn[0][0] for turn in spent) if subject.few else 0.0
-        return (pick(turn[-1][0] for turn in spent) - without) / (times * subject.calls)
 
-    middle, best, last = extra(median), extra(min), spent[-1][-1][1]
-    if middle <= 0 or best <= 0:
-        whole = median(turn[-1][0] for turn in spent) / (times * subject.calls)
-        return Timing(whole, whole, "too quick to be told from the step around it, which is counted too"), last
-    steady = 1 / NOISE < middle / best < NOISE
-    return Timing(middle, best, "" if steady else f"noisy: the quickest chains say {best * 1e6:.1f} us"), last
+def _timing(many: list[float], few: list[float], calls: int) -> Timing:
+    """From the seconds of chains, of which `many` made so many calls more than `few`."""
+    whole, quickest = median(many), min(many)
+    extra, doubt = whole - median(few), whole - quickest + median(few) - min(few)
+    if extra <= 0:
+        remark = "too quick to be told from the step around it, which is counted too"
+        return Timing(whole / calls, quickest / calls, remark)
+    remark = f"noisy: off by up to {doubt / extra:.0%}" if doubt > NOISY * extra else ""
+    return Timing(extra / calls, (extra if doubt <= STEADY * extra else quickest) / calls, remark)
 
 
 def _lasts(chain: Chain, times: int) -> tuple[float, Arr]:

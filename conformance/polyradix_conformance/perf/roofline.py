@@ -28,11 +28,11 @@ class Ceilings:
 
 
 def find(measured: Iterable[Measured], read: float | None, flops: float | None) -> Ceilings:
-    """From the quickest chains of the probes, or as given. What was measured is raised to what any other case did more
-    than 5 % better; only cases whose data overflow caches say something about memory."""
+    """From what the probes surely did, or as given. What was measured is raised to what any other case did more than
+    5 % better; only cases whose data overflow caches say something about memory."""
     done = list(measured)
-    memory = [(m.best(m.case.cost.bytes), m) for m in done if m.case.streams]
-    compute = [(m.best(m.case.cost.flops), m) for m in done]
+    memory = [(m.rate(m.case.cost.bytes), m) for m in done if m.case.streams]
+    compute = [(m.rate(m.case.cost.flops), m) for m in done]
     a, b = _best(memory, "read", read), _best(compute, "compute", flops)
     return Ceilings(a[0], b[0], (f"reads: {a[1]}", f"operations: {b[1]}"))
 
