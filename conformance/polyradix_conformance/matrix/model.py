@@ -29,7 +29,7 @@ STATES = {  # state: symbol, words
     "some": ("◐", "pass, some declined"),
     "declined": ("○", "declined"),
     "waived": ("△", "some waived"),
-    "failed": ("✕", "failed"),
+    "failed": ("✕", "failed, or does not count"),
     "not_run": ("—", "not run"),
 }
 STATUSES = {  # status: words
