@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -42,13 +43,13 @@ def logits(rig: Rig, scale: Scale, seqs: int, hidden: int, vocab: int) -> Subjec
     """Several steps with weights of their own in turn, less a step with few logits. Launches are done in order."""
     shape, dtype = Shape(seqs, 1, 1), rig.dtype
     x, w = normal("x", (seqs, hidden), dtype), weights("head", vocab, hidden, dtype)
-    programs = [head(rig, shape, x, w) for _ in range(scale.layers(vocab * hidden * size_of(dtype)))]
+    turns = cycle([head(rig, shape, x, w) for _ in range(scale.layers(vocab * hidden * size_of(dtype)))])
     few = head(rig, shape, x, w[:COLUMNS])
 
     def many(times: int) -> Arr:
-        for i in range(times - 1):
-            programs[(i + 1) % len(programs)].launch()
-        return programs[0](1)
+        for _ in range(times - 1):
+            next(turns).launch()
+        return next(turns)(1)
 
     def formula(p: Precision) -> Arr:
         return truth.linear(p, x[shape.last_rows], w, final=True)
