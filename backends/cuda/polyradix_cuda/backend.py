@@ -98,7 +98,7 @@ class CudaBackend(TorchBackend):
             raise ValueError("from_prev names rows of the previous samples, but prev is None")
         if self._capture and self._limits is not None and batch.num_tokens == batch.num_seqs <= self._limits.max_seqs:
             return self._load(batch, self._limits, prev)
-        meta, source = upload(batch, self._page, tile_rows(*self._dim), self._device)
+        meta, source = upload(batch, self._page, tile_rows(*self._dim), 4, self._device)
         if prev is not None:
             take_previous(meta.tokens, source, prev)
         return meta

@@ -19,13 +19,16 @@ ROWS = 16  # the least rows of a matrix product; a kv head's query heads are pad
 
 @dataclass(frozen=True)
 class Paged:
-    """Where each sequence's keys are; int32 on the device. `tiles` [n,2] are (sequence, first query row in it)."""
+    """Where each sequence's keys are, and its query rows; int32 on the device. Sequences with one row are in `single`,
+    their keys cut into `splits` parts; the others are in `tiles` [n,2] of (sequence, first query row in it)."""
 
     cu_q: torch.Tensor  # [S+1]
     kv_len: torch.Tensor  # [S]
     page_start: torch.Tensor  # [S]
     pages: torch.Tensor
-    tiles: torch.Tensor | None = None
+    single: torch.Tensor
+    splits: int
+    tiles: torch.Tensor
 
 
 @triton.jit
@@ -39,11 +42,13 @@ def _scores(q, k, scale, cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _decode(
-    q, keys, values, out, part, lse, kv_len, page_start, pages, scale, cap, window, q_row, HK,
+    q, keys, values, out, part, lse, single, cu_q, kv_len, page_start, pages, scale, cap, window, q_row, HK,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    i, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    s = tl.load(single + i)
+    token = tl.load(cu_q + s).to(tl.int64)
     n = tl.load(kv_len + s)
     first = tl.maximum(n - window, 0)
     share = tl.cdiv(tl.cdiv(n - first, SPLITS), BLOCK) * BLOCK
@@ -51,7 +56,7 @@ def _decode(
     end = tl.minimum(begin + share, n)
     g, d, j = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, BLOCK)
     rows = (g < G)[:, None] & (d < D)[None, :]
-    query = tl.load(q + s * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
+    query = tl.load(q + token * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
     top = tl.full((GP,), -1e30, tl.float32)
     total = tl.zeros((GP,), tl.float32)
@@ -71,51 +76,63 @@ def _decode(
         total = total * fix + tl.sum(p, 1)
         acc = acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         top = new
-    head = s * HK * G + h * G + g
     if SPLITS == 1:
         result = acc / total[:, None]
+        head = token * HK * G + h * G + g
         tl.store(out + head[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
     else:
-        place = head * SPLITS + split
+        place = (i * HK * G + h * G + g) * SPLITS + split
         tl.store(part + place[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=rows)
         tl.store(lse + place, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf")), mask=g < G)
 
 
 @triton.jit
-def _merge(part, lse, out, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
-    head = tl.program_id(0).to(tl.int64)
+def _merge(part, lse, out, single, cu_q, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+    heads, h = tl.num_programs(1), tl.program_id(1)
+    head = tl.program_id(0).to(tl.int64) * heads + h
+    token = tl.load(cu_q + tl.load(single + tl.program_id(0))).to(tl.int64)
     i, d = tl.arange(0, PADDED), tl.arange(0, DP)
     logs = tl.load(lse + head * SPLITS + i, mask=i < SPLITS, other=-float("inf"))
     weight = tl.exp2(logs - tl.max(logs, 0))
     inside = (i < SPLITS)[:, None] & (d < D)[None, :]
     x = tl.load(part + (head * SPLITS + i)[:, None] * D + d[None, :], mask=inside, other=0.0)
     result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + head * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + (token * heads + h) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def decode(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec, splits: int) -> torch.Tensor:
-    """One query row a sequence: q [S,Hq,D] -> [S,Hq*D]. The keys of a sequence are cut into `splits` parts."""
-    count, heads, dim = q.shape
+def attend(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec) -> torch.Tensor:
+    """Each sequence's query rows, its newest tokens, over its keys: q [T,Hq,D] -> [T,Hq*D]."""
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if len(at.single):
+        _launch_decode(q, kv, out, at, a)
+    if len(at.tiles):
+        _launch_prefill(q, kv, out, at, a)
+    return out.flatten(1)
+
+
+def _launch_decode(
+    q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, at: Paged, a: AttnSpec
+) -> None:
+    count, (_, heads, dim), splits = len(at.single), q.shape, at.splits
     page, kv_heads = kv[0].shape[1:3]
     group, wide = heads // kv_heads, triton.next_power_of_2(dim)
-    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
     part, lse = out, out
     if splits > 1:
         part = torch.empty(count, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
     block = 64 if wide * q.element_size() <= 256 else 32
     _decode[(count, kv_heads, splits)](
-        q, *kv, out, part, lse, at.kv_len, at.page_start, at.pages, a.scale, a.softcap or 0.0, a.window or 1 << 30,
-        q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)), dim, wide, page, block, splits,
-        a.softcap is not None, _precision(q), num_warps=4, num_stages=3,
+        q, *kv, out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale, a.softcap or 0.0,
+        a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)), dim, wide, page,
+        block, splits, a.softcap is not None, _precision(q), num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
-        _merge[(count * heads,)](part, lse, out, dim, wide, splits, triton.next_power_of_2(splits), num_warps=2)
-    return out.flatten(1)
+        padded = triton.next_power_of_2(splits)
+        _merge[(count, heads)](part, lse, out, at.single, at.cu_q, dim, wide, splits, padded, num_warps=2)
 
 
 @triton.jit
@@ -194,16 +211,14 @@ def tile_rows(dim: int, bytes_each: int) -> int:
     return 128 if dim * bytes_each <= 256 else 64 if dim * bytes_each <= 512 else 32
 
 
-def prefill(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec) -> torch.Tensor:
-    """Any number of query rows a sequence, its newest tokens: q [T,Hq,D] -> [T,Hq*D]. Needs at.tiles."""
-    assert at.tiles is not None
-    rows, heads, dim = q.shape
+def _launch_prefill(
+    q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, at: Paged, a: AttnSpec
+) -> None:
+    _, heads, dim = q.shape
     page, kv_heads = kv[0].shape[1:3]
     tile, wide = tile_rows(dim, q.element_size()), triton.next_power_of_2(dim)
-    out = torch.empty(rows, heads, dim, dtype=q.dtype, device=q.device)
     _prefill[(heads, len(at.tiles))](
         q, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
         a.window or 1 << 30, q.stride(0), heads, kv_heads, heads // kv_heads, dim, wide, page, tile,
         64 if tile > 32 else 32, a.softcap is not None, _precision(q), num_warps=8 if tile == 128 else 4, num_stages=3,
     )  # fmt: skip
-    return out.flatten(1)

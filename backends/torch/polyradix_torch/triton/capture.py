@@ -25,6 +25,11 @@ def sizes(most: int) -> list[int]:
     return sorted({*(n for n in (1, 2, 4) if n <= most), *range(8, most, 8), most})
 
 
+def splits_for(programs: int, processors: int) -> int:
+    """Parts to cut keys into, so that `programs` (sequences x kv heads) of a decode become two for every processor."""
+    return max(1, min(32, 2 * processors // programs))
+
+
 class StaticBatch:
     """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, then the pages of `page` tokens."""
 
@@ -50,8 +55,10 @@ class StaticBatch:
     def meta(self, count: int, splits: int) -> GpuMeta:
         """The first `count` rows as a batch."""
         f = {name: x[:count] for name, x in self.fields.items()}
-        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], self.buffer[len(FIELDS) * self.most :])
-        return GpuMeta(f["tokens"], f["positions"], f["slots"], self.rows[:count].long(), paged, splits)
+        rows, pages = self.rows[:count], self.buffer[len(FIELDS) * self.most :]
+        none = rows[:0].view(0, 2)
+        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none)
+        return GpuMeta(f["tokens"], f["positions"], f["slots"], rows.long(), paged)
 
 
 class Graphs:
@@ -76,9 +83,9 @@ class Graphs:
         return logits[:seqs]
 
     def _capture(self, params: Params, kv: Any, static: StaticBatch, size: int) -> tuple[Any, Array, GpuMeta]:
-        heads = kv[0][0].shape[2]
-        splits = max(1, min(32, 2 * self._processors // (size * heads)))
-        meta = static.meta(size, splits)  # lives as long as the graph, which reads its tensors
+        meta = static.meta(
+            size, splits_for(size * kv[0][0].shape[2], self._processors)
+        )  # lives as long as the graph, which reads its tensors
         self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -18,14 +18,13 @@ from polyradix_torch.triton.attention import Paged
 
 @dataclass(frozen=True)
 class GpuMeta:
-    """One batch on the device, int32. `splits` is set when every sequence has one row: a decode."""
+    """One batch on the device, int32."""
 
     tokens: torch.Tensor  # [T]
     positions: torch.Tensor  # [T]
     slots: torch.Tensor  # [T]
     last: torch.Tensor  # [S]
     paged: Paged
-    splits: int | None = None
 
 
 class TritonOps(Expansions):
@@ -62,9 +61,7 @@ class TritonOps(Expansions):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
         rows.write(k, v, kv, m.slots)
-        if m.splits is None:
-            return attention.prefill(q, kv, m.paged, a), kv
-        return attention.decode(q, kv, m.paged, a, m.splits), kv
+        return attention.attend(q, kv, m.paged, a), kv
 
     def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
         if kind != "silu":

@@ -26,7 +26,7 @@ def _norm(x, residual, w, out, total, width, eps, ADD: tl.constexpr, BLOCK: tl.c
 
 
 def _warps(width: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+    return int(min(16, max(1, triton.next_power_of_2(width) // 512)))
 
 
 def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:

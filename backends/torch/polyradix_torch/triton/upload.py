@@ -27,18 +27,21 @@ def flat_pages(batch: HostBatch, page: int) -> tuple[I32, I32]:
 
 
 def tiles(batch: HostBatch, rows: int) -> I32:
-    """[n,2]: (sequence, first row) of every tile of `rows` query rows, sequence by sequence."""
-    counts = -(-np.diff(batch.cu_q) // rows)
+    """[n,2]: (sequence, first row) of every tile of `rows` query rows, for sequences of more than one."""
+    lengths = np.diff(batch.cu_q)
+    counts = np.where(lengths > 1, -(-lengths // rows), 0)
     seqs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     first = np.arange(len(seqs)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([seqs, first * rows], axis=1).astype(np.int32)
 
 
-def upload(batch: HostBatch, page: int, rows: int, device: torch.device) -> tuple[GpuMeta, torch.Tensor]:
+def upload(batch: HostBatch, page: int, rows: int, splits: int, device: torch.device) -> tuple[GpuMeta, torch.Tensor]:
     """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]."""
     pages, starts = flat_pages(batch, page)
+    single = np.flatnonzero(np.diff(batch.cu_q) == 1).astype(np.int32)
     parts = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts]
-    parts += [pages, tiles(batch, rows)]
+    parts += [pages, single, tiles(batch, rows)]
     whole = pinned(parts, device).to(device, non_blocking=True)
-    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, tile = whole.split([p.size for p in parts])
-    return GpuMeta(tokens, positions, slots, last, Paged(cu_q, kv_len, start, flat, tile.view(-1, 2))), source
+    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile = whole.split([p.size for p in parts])
+    paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2))
+    return GpuMeta(tokens, positions, slots, last, paged), source
