@@ -59,7 +59,8 @@ class EngineCore:
         self.page_size = config.page_size or caps.page_sizes[0]
         if reasons := validate(self.spec.needs(self.dtype), caps, self.page_size):
             raise ConfigError(f"{config.model} cannot run on {caps.name}: " + "; ".join(map(str, reasons)))
-        _check_split(self.spec, self.backend.collectives.size)
+        if uneven := self.spec.uneven_split(self.backend.collectives.size):
+            raise ConfigError(uneven)
         budget = config.max_tokens_per_step or caps.step_tokens
         limits = Limits(max(budget, config.max_seqs), config.max_seqs, self.max_context)
         self._params = load_params(
@@ -218,12 +219,6 @@ def _max_context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is not None and config.max_context > spec.max_position:
         raise ConfigError(f"max_context is {config.max_context}; the model was made for {spec.max_position} at most")
     return config.max_context or spec.max_position
-
-
-def _check_split(spec: ModelSpec, tp: int) -> None:
-    for name, size in (("num_key_value_heads", spec.heads.kv), ("intermediate_size", spec.intermediate)):
-        if size % tp:
-            raise ConfigError(f"tp is {tp}; expected a divisor of the model's {name} ({size})")
 
 
 def _fold32(seed: int) -> int:

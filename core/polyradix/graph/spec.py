@@ -93,6 +93,13 @@ class ModelSpec:
         }
         return Needs(dtype, self.heads.dim, frozenset(name for name, on in wanted.items() if on))
 
+    def uneven_split(self, tp: int) -> str | None:
+        """Why the model cannot be split over `tp` ranks, None when it can."""
+        for name, size in (("num_key_value_heads", self.heads.kv), ("intermediate_size", self.intermediate)):
+            if size % tp:
+                return f"tp is {tp}; expected a divisor of the model's {name} ({size})"
+        return None
+
 
 class _Config:
     """Typed reads of a JSON object; null counts as absent."""

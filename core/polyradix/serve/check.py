@@ -21,19 +21,23 @@ def check(
     load_format: Literal["auto", "dummy"],
     page_size: int | None,
     emulate: bool,
+    *,
+    tp: int = 1,
 ) -> tuple[list[str], bool]:
     """A report, and whether the model can run. Raises the errors of the registry, the checkpoint and the spec."""
-    backend = open_backend(device, emulate=emulate)
+    backend = open_backend(device, tp=tp, emulate=emulate)
     caps = backend.caps
     checkpoint = open_checkpoint(model, load_format=load_format)
     spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
     chosen = spec.choose_dtype(dtype, caps.dtypes)
     reasons = [f"{model} {reason}" for reason in validate(spec.needs(chosen), caps, page_size)]
+    if uneven := spec.uneven_split(tp):
+        reasons.append(uneven)
     shapes = tensor_shapes(spec)
     missing = sorted(shapes.keys() - checkpoint.names)
     if missing:
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    weights = sum(math.prod(shape) for shape in shapes.values()) * _BYTES[chosen]
+    weights = sum(math.prod(shape) for shape in shapes.values()) * _BYTES[chosen] // tp
     page_size = page_size or caps.page_sizes[0]
     page = backend.kv_page_bytes(spec.kv_spec(page_size, chosen)) if not reasons else 0
     memory = backend.memory()
@@ -43,7 +47,7 @@ def check(
         f"model    {model}: {spec.architecture}, {spec.layers} layers, context {spec.max_position}",
         f"device   {caps.name}: {caps.device}" + (" (emulated)" if caps.emulated else ""),
         f"dtype    {chosen}",
-        f"weights  {weights:,} bytes",
+        f"weights  {weights:,} bytes" + (f" on each of {tp} ranks" if tp > 1 else ""),
     ]
     if page:
         lines.append(f"KV       {page:,} bytes for a page of {page_size} tokens")

@@ -59,7 +59,8 @@ def _serve(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from polyradix.serve.check import check
 
-    lines, good = check(args.model, args.device, args.dtype, args.load_format, args.page_size, args.emulate)
+    given = (args.model, args.device, args.dtype, args.load_format, args.page_size, args.emulate)
+    lines, good = check(*given, tp=args.tp)
     print("\n".join(lines))
     return 0 if good else 1
 
@@ -113,6 +114,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="a backend's name; `polyradix devices` lists them")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights, activations and KV")
     add("--load-format", default="auto", choices=("auto", "dummy"), help="dummy: random weights from a config alone")
+    add("--tp", type=int, default=1, help="tensor-parallel ranks the model is split over")
     add("--page-size", type=int, help="tokens per KV page; the backend's best if not given")
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
 
@@ -123,7 +125,6 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     def add(flag: str, field: str, text: str, **kwargs: Any) -> None:
         p.add_argument(flag, dest=field, default=getattr(defaults, field), help=text, **kwargs)
 
-    add("--tp", "tp", "tensor-parallel ranks the model is split over", type=int)
     add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
     add("--max-seqs", "max_seqs", "requests running at once", type=int)
     add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)
