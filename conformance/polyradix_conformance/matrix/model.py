@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from functools import cached_property
 from typing import Any
 
 from polyradix_conformance import mustpass, verify
@@ -67,7 +68,7 @@ class Row:
 
     @property
     def slug(self) -> str:
-        return slug(f"{self.group} {self.name or 'all'}")
+        return slug(f"{self.group} {self.name}")
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,11 @@ class Column:
         named = {"options": r["options"], "notes": r["notes"], **r["caps"], **machine, **r["machine"]["packages"]}
         return {name: _plain(value) for name, value in named.items()}
 
-    @property
+    @cached_property
     def cases(self) -> list[Json]:
         return [c for r in self.reports for c in r["cases"]]
 
-    @property
+    @cached_property
     def timed(self) -> list[Json]:
         return [c for p in self.perf for c in p["cases"]]
 
@@ -174,7 +175,7 @@ def _fill(columns: list[Column], notes: list[str]) -> Matrix:
     for column in columns:
         found = _by_row((n, row) for n, case in enumerate(column.cases) for row in rows_of(case))
         verbs = {row.name: row for row in found if row.group == "L1"}
-        subjects = ((n, c["id"].split("/")[1]) for n, c in enumerate(column.timed))
+        subjects = ((n, c["id"].split("/")[:2][-1]) for n, c in enumerate(column.timed))
         timed = _by_row((n, verbs.get(name, Row("P", 1, 0, name))) for n, name in subjects)
         for row in found | timed:
             cells[row, column.slug] = _cell(column, found.get(row, []), timed.get(row, []))
