@@ -7,18 +7,16 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from polyradix_conformance import mustpass, report, waivers
 from polyradix_conformance.cases import Case, all_cases
+from polyradix_conformance.matrix import cli as matrix
+from polyradix_conformance.perf import cli as perf
 from polyradix_conformance.runner import Result
 from polyradix_conformance.supervisor import Job, Refused, supervise
 from polyradix_conformance.verify import case_problems, shortened, verify
-
-NEIGHBOURS = ("polyradix_conformance.matrix", "polyradix_conformance.perf")
 
 
 class UsageError(Exception):
@@ -164,9 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     lists = command("mustpass", _mustpass, "print the must-pass list, or write it into the suite (for its maintainers)")
     lists.add_argument("--profile", help="of this profile only")
     lists.add_argument("--write", action="store_true")
-    for name in NEIGHBOURS:
-        if find_spec(name) and find_spec(f"{name}.cli"):
-            import_module(f"{name}.cli").add_parser(commands)
+    matrix.add_parser(commands)
+    perf.add_parser(commands)
     return parser
 
 

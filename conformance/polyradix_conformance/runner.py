@@ -56,7 +56,7 @@ def run_case(case: Case, open: Opener) -> Result:
         status, detail = "fail", f"not claimed ({missing}), and answered wrongly: {e}" if missing else str(e)
     except Exception as e:
         status, detail = "error", f"{type(e).__name__}: {e} [{_where(e)}]"
-    shown = worst if 0 < worst < float("inf") else None
+    shown = float(worst) if 0 < worst < float("inf") else None
     return Result(case.id, status, round(time.perf_counter() - start, 4), detail[:DETAIL], shown)
 
 

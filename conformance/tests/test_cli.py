@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from polyradix_conformance import supervisor
+from polyradix_conformance import mustpass, supervisor
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.cli import main
 from polyradix_conformance.report import load
@@ -76,6 +76,16 @@ def test_a_backend_that_declines_everything_fails_run_and_verify(vendor: Install
     assert "NOT conformant: no case passed (16 unsupported)" in shown
     assert main(["verify", str(out)]) == 1
     assert "no case passed" in capsys.readouterr().out
+
+
+def test_a_case_that_no_list_knows_does_not_count(
+    monkeypatch: pytest.MonkeyPatch, out: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    listed = dict(mustpass.load("dense"))
+    del listed["L0/memory/float32"]
+    monkeypatch.setattr(mustpass, "load", lambda profile: listed)
+    assert run(out, "numpy", "L0/memory") == 1
+    assert "L0/memory/float32: unknown to dense-v1" in capsys.readouterr().out
 
 
 def test_a_case_that_hangs_is_an_error_in_a_report_that_does_not_verify(

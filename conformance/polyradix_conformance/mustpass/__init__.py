@@ -34,8 +34,8 @@ def profiles() -> list[str]:
 
 @cache
 def load(profile: str) -> MustPass:
-    """The list of a profile. Raises ValueError for a line that is malformed or used twice."""
-    return parse(path(profile).read_text())
+    """The list of a profile, empty for one without. Raises ValueError for a line that is malformed or used twice."""
+    return parse(path(profile).read_text()) if profile in profiles() else {}
 
 
 def parse(text: str) -> MustPass:
