@@ -1,0 +1,250 @@
+"""The host side of the TPU backend: everything is launched at once, and nothing waits but the futures of `fetch`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from polyradix.backend.alone import Alone
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    Collectives,
+    Compiled,
+    HostArray,
+    KVSpec,
+    Limits,
+    LogProbs,
+    Memory,
+    Meta,
+    Ops,
+    Params,
+    ParamSpec,
+    Reader,
+    Step,
+    Weight,
+)
+from polyradix.backend.shard import check_kv, check_param
+from polyradix_tpu import sampling
+from polyradix_tpu.batch import Ladder, Shape, pack
+from polyradix_tpu.kernels import XLA
+from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, make_mesh, place
+from polyradix_tpu.ops import JaxOps
+from polyradix_tpu.program import jit_step
+
+DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+LANES = 128  # a TPU stores the last axis in multiples of this
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An array on the device whose rows from `count` on are padding: what the core holds as an Array."""
+
+    array: jax.Array
+    count: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on its way to the device. `context` is its longest sequence."""
+
+    vector: jax.Array
+    shape: Shape
+    count: tuple[int, int, int]  # tokens, sequences, longest context
+
+
+class TPUBackend:
+    """A KV is a list with an array [pages, page, 2*Hk, D] per layer, split over the mesh by heads."""
+
+    ops: Ops
+    collectives: Collectives
+
+    def __init__(self, devices: Sequence[Any], tp: int, warm: bool) -> None:
+        self._mesh = make_mesh(devices, tp)
+        self.collectives = Alone() if tp == 1 else MeshCollectives(tp)
+        self.ops = JaxOps(self.collectives, XLA)
+        self._warm = warm
+        self._device = devices[0]
+        self._real = self._device.platform == "tpu"
+        self._ladder = Ladder(2 if self._real else 4)
+        self._everywhere = NamedSharding(self._mesh, PartitionSpec())
+        self._fetcher = ThreadPoolExecutor(2, "polyradix-fetch")
+        self.caps = Capabilities(
+            name="tpu",
+            device=f"{self._device.device_kind} ({self._device.platform}), JAX {jax.__version__}",
+            dtypes=frozenset(DTYPES),
+            page_sizes=(16, 32, 64, 128, 8),
+            max_head_dim=256,
+            head_dim_multiple=2,
+            features=FEATURES,
+            async_launch=True,
+            max_tp=len(devices),
+            emulated=not self._real,
+            notes=(f"kernels: {XLA.name}",),
+        )
+
+    def memory(self) -> Memory:
+        stats = [d.memory_stats() for d in self._mesh.devices.flat]
+        if all(s and "bytes_limit" in s for s in stats):
+            return min((Memory(s["bytes_limit"] - s["bytes_in_use"], s["bytes_limit"]) for s in stats), key=_free)
+        page, ranks = os.sysconf("SC_PAGE_SIZE"), self._mesh.size  # which share one host
+        free, total = (page * os.sysconf(name) // ranks for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        return Memory(free, total)
+
+    def pack(self, spec: ParamSpec, read: Reader) -> Weight:
+        dtype = _dtype(spec.dtype, f"parameter {spec.name}")
+        check_param(spec, self._mesh.size)
+        self._check_room(spec, dtype)
+        value, bias = read(), read("bias") if spec.bias else None
+        if value.shape != spec.shape:
+            raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {spec.shape}")
+        return place(self._mesh, spec, value.astype(dtype), None if bias is None else bias.astype(dtype))
+
+    def kv_page_bytes(self, spec: KVSpec) -> int:
+        check_kv(spec, self._mesh.size)
+        dim = -(-spec.head_dim // LANES) * LANES if self._real else spec.head_dim
+        heads = spec.kv_heads // self._mesh.size
+        return int(2 * spec.layers * spec.page_size * heads * dim * _dtype(spec.dtype, "KV").itemsize)
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
+        if reasons:
+            raise Unsupported("KV", "; ".join(map(str, reasons)))
+        check_kv(spec, self._mesh.size)
+        shape = (pages, spec.page_size, 2 * spec.kv_heads, spec.head_dim)
+        where = NamedSharding(self._mesh, HEADS)
+        return [jnp.zeros(shape, DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
+        if prev is None and (batch.from_prev >= 0).any():
+            raise ValueError("from_prev names rows of the previous samples, but prev is None")
+        shape = self._ladder.shape(batch)
+        vector = jax.device_put(pack(batch, shape), self._everywhere)
+        if prev is not None:
+            vector = _link(vector, prev.array, shape.tokens)
+        return Prepared(vector, shape, (batch.num_tokens, batch.num_seqs, int(batch.kv_len.max(initial=0))))
+
+    def compile(self, step: Step, limits: Limits) -> Compiled:
+        program = jit_step(step, self.ops, self._mesh)
+        cold = self._warm
+
+        def run(params: Params, kv: KV, meta: Prepared) -> tuple[Array, KV]:
+            nonlocal cold
+            _check_limits(meta, limits)
+            tree = (params.top, params.layers)
+            if cold:
+                self._compile_all(program, tree, kv, limits)
+                cold = False
+            logits, kv = program(tree, kv, meta.vector, meta.shape)
+            return Rows(logits, meta.count[1]), kv
+
+        return run
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        return Rows(sampling.sample(logits.array, batch), logits.count)
+
+    def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs:
+        parts = sampling.logprobs(logits.array, tokens.array, top)
+        return LogProbs(*(Rows(x, logits.count) for x in parts))
+
+    def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
+        return _copy(kv, self._page_ids(src), self._page_ids(dst))
+
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
+        held = _export(kv, self._page_ids(pages))
+        return self._fetch(held, lambda x: np.moveaxis(x[:, : len(pages)], 4, 0))
+
+    def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
+        page, rows, dim = kv[0].shape[1:]
+        expected = (2, len(kv), len(pages), page, rows // 2, dim)
+        if data.shape != expected:
+            raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
+        ids = self._page_ids(pages)
+        padded = np.zeros((len(kv), len(ids), page, rows // 2, 2, dim), kv[0].dtype)
+        padded[:, : len(pages)] = np.moveaxis(data, 0, 4)
+        where = NamedSharding(self._mesh, PartitionSpec(None, None, None, AXIS))
+        return _import(kv, ids, jax.device_put(padded, where))
+
+    def fetch(self, x: Array) -> Future[HostArray]:
+        return self._fetch(x.array, lambda host: host[: x.count])
+
+    def _fetch(self, x: jax.Array, cut: Callable[[HostArray], HostArray]) -> Future[HostArray]:
+        x.copy_to_host_async()
+        return self._fetcher.submit(lambda: np.array(cut(np.asarray(x))))  # the caller's own, to write to
+
+    def _page_ids(self, pages: Sequence[int]) -> HostArray:
+        """Padded with the scratch page."""
+        out = np.zeros(self._ladder.up(len(pages)), np.int32)
+        out[: len(pages)] = pages
+        return out
+
+    def _check_room(self, spec: ParamSpec, dtype: np.dtype[Any]) -> None:
+        ranks = 1 if spec.shard_axis is None else self._mesh.size
+        size, free = int(np.prod(spec.shape)) * dtype.itemsize // ranks, self.memory().free
+        if size > free:
+            raise MemoryError(
+                f"parameter {spec.name} takes {size:,} bytes of each device's memory and {free:,} are free: "
+                f"{size - free:,} too few; raise tp or take a smaller model"
+            )
+
+    def _compile_all(self, program: Any, params: Any, kv: KV, limits: Limits) -> None:
+        for shape in self._ladder.all_shapes(limits, kv[0].shape[1]):
+            vector = jax.ShapeDtypeStruct((shape.length,), jnp.int32, sharding=self._everywhere)
+            program.lower(params, kv, vector, shape).compile()
+
+
+def _free(m: Memory) -> int:
+    return m.free
+
+
+def _dtype(name: str, what: str) -> np.dtype[Any]:
+    if name not in DTYPES:
+        raise Unsupported(name, f"{what}; expected one of {sorted(DTYPES)}")
+    found: np.dtype[Any] = DTYPES[name]
+    return found
+
+
+def _check_limits(meta: Prepared, limits: Limits) -> None:
+    names, most = ("num_tokens", "num_seqs", "kv_len"), (limits.max_tokens, limits.max_seqs, limits.max_context)
+    for name, value, limit in zip(names, meta.count, most, strict=True):
+        if value > limit:
+            raise ValueError(f"batch has {name} {value}; expected at most {limit}, the limit given to compile")
+
+
+@partial(jax.jit, static_argnums=2)
+def _link(vector: jax.Array, prev: jax.Array, tokens: int) -> jax.Array:
+    """Puts the previous samples into the batch's tokens."""
+    held, source = vector[:tokens], vector[tokens : 2 * tokens]
+    return vector.at[:tokens].set(jnp.where(source >= 0, prev[jnp.maximum(source, 0)], held))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _copy(kv: list[jax.Array], src: jax.Array, dst: jax.Array) -> list[jax.Array]:
+    return [x.at[dst].set(x[src]) for x in kv]
+
+
+def _held(kv: list[jax.Array], pages: jax.Array) -> jax.Array:
+    """[layer, page, slot, head, 2(k,v), dim]"""
+    held = jnp.stack([x[pages] for x in kv])
+    return held.reshape(*held.shape[:3], -1, 2, held.shape[-1])
+
+
+_export = jax.jit(_held)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _import(kv: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
+    """`data` as _held gives it."""
+    return [x.at[pages].set(part.reshape(-1, *x.shape[1:])) for x, part in zip(kv, data, strict=True)]

@@ -1,0 +1,91 @@
+"""The entry point of the TPU backend: a cheap probe, and the choice of the devices that make up the mesh."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.protocol import Backend, Found
+from polyradix.backend.registry import DeviceUnavailable
+
+FAKE_DEVICES = 4  # that JAX makes of one CPU
+PLATFORMS = ("auto", "tpu", "gpu", "cpu")
+DEVICE_FILES = ("dev/accel[0-9]*", "dev/vfio/[0-9]*")
+
+
+class Entry:
+    """See polyradix.backend.registry."""
+
+    protocol = (1, 0)
+
+    def probe(self) -> Found:
+        if find_spec("jax") is None:
+            return Found(False, "jax is not installed")
+        if has_tpu():
+            return Found(True, "a TPU", rank=30, options={"platform": "tpu"})
+        found = ", ".join(other_devices())
+        return Found(True, f"no TPU; JAX finds {found} and runs emulated there with --emulate", rank=-1, emulated=True)
+
+    def create(
+        self, tp: int = 1, platform: str = "auto", cache: str | None = None, warm: bool | int = False
+    ) -> Backend:
+        """`platform`: auto is the best that JAX finds. `cache`: a folder for JAX's compiled programs, None leaves JAX's
+        own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the first step
+        compiles those of all sizes of batch; otherwise each is compiled when it is first met."""
+        if tp < 1:
+            raise ValueError(f"tp is {tp}; expected at least 1")
+        if platform not in PLATFORMS:
+            raise ValueError(f"platform is {platform!r}; expected one of {', '.join(PLATFORMS)}")
+        devices = open_devices(platform)
+        if tp > len(devices):
+            names = ", ".join(map(str, devices))
+            more = "; set JAX_NUM_CPU_DEVICES before jax starts for more" if devices[0].platform == "cpu" else ""
+            raise Unsupported(f"tp {tp}", f"JAX has {len(devices)} devices: {names}{more}")
+        if cache:
+            import jax
+
+            jax.config.update("jax_compilation_cache_dir", cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        from polyradix_tpu.backend import TPUBackend
+
+        return TPUBackend(devices, tp, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")))
+
+
+def has_tpu(root: Path = Path("/")) -> bool:
+    """A TPU's device file, its library, and no JAX_PLATFORMS that leaves TPUs out. Starts nothing."""
+    wanted = os.environ.get("JAX_PLATFORMS") or "tpu"
+    there = any(next(root.glob(pattern), None) for pattern in DEVICE_FILES)
+    return there and find_spec("libtpu") is not None and "tpu" in wanted.split(",")
+
+
+def other_devices() -> list[str]:
+    """What JAX would find without a TPU, by what is installed."""
+    plugins = {"cuda": "an NVIDIA GPU", "rocm": "an AMD GPU"}
+    gpus = [gpu for name, gpu in plugins.items() if any(find_spec(f"jax_{name}{n}_plugin") for n in ("12", "13", "7"))]
+    return [*gpus, "a CPU"]
+
+
+def open_devices(platform: str) -> list[Any]:
+    """The devices of one platform; starts JAX. A CPU is split into FAKE_DEVICES, unless JAX is already running."""
+    os.environ.setdefault("NPROC", str(max(2 * FAKE_DEVICES, os.cpu_count() or 1)))  # fewer threads deadlock a mesh
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        _split_cpu(jax)
+    try:
+        return list(jax.devices(None if platform == "auto" else platform))
+    except RuntimeError as e:
+        names = ", ".join(f"{d} ({d.device_kind})" for d in jax.devices())
+        hint = "; use it with --emulate and platform=auto" if platform == "tpu" else ""
+        raise DeviceUnavailable(f"JAX finds no {platform.upper()}, only {names}{hint}") from e
+
+
+def _split_cpu(jax: Any) -> None:
+    try:
+        if jax.config.jax_num_cpu_devices <= 0:
+            jax.config.update("jax_num_cpu_devices", FAKE_DEVICES)
+    except RuntimeError:
+        return  # JAX is already running

@@ -1,0 +1,65 @@
+"""Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from polyradix.backend.protocol import AttnSpec
+from polyradix_tpu.batch import JaxMeta
+
+BUDGET = 1 << 27  # bytes of gathered keys and scores at once, beyond which tiles take turns
+HIDDEN = -1e30  # the score of a key out of sight: finite, so that a row that sees nothing is not NaN
+
+
+def precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    """Products of float32 values in full."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
+    """k and v [T,Hk,D] into their slots of kv [pages, page, 2*Hk, D]; in place where kv is donated."""
+    rows = jnp.stack([k, v], axis=2).reshape(len(k), kv.shape[2], kv.shape[3])
+    page = kv.shape[1]
+    return kv.at[m.slots // page, m.slots % page].set(rows.astype(kv.dtype))
+
+
+def attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
+    """q [T,Hq,D] over kv [pages, page, 2*Hk, D] -> [T,Hq,D]."""
+    context = m.shape.pages * kv.shape[1]
+    one = context * (2 * a.heads.kv * a.heads.dim * kv.dtype.itemsize + 4 * a.heads.q * m.shape.tile)
+    group = max(1, min(m.shape.tiles, BUDGET // one))
+    groups = -(-m.shape.tiles // group)
+    rows, seqs = (jnp.pad(x, (0, groups * group - len(x))).reshape(groups, group) for x in (m.tile_row, m.tile_seq))
+
+    def some(at: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _tiles(*at, q, kv, m, a)
+
+    out = some((rows[0], seqs[0])) if groups == 1 else jax.lax.map(some, (rows, seqs))
+    return out.reshape(-1, *q.shape[1:])[m.where]
+
+
+def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
+    """The tiles that start at rows `first` [C] of sequences `seqs` [C] -> [C*tile,Hq,D]."""
+    heads, exact = a.heads, precision(kv.dtype)
+    rows = jnp.minimum(first[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)  # [C,tile]
+    group = q[rows].reshape(*rows.shape, heads.kv, heads.q // heads.kv, heads.dim)
+    held = kv[m.pages[seqs]].reshape(len(seqs), -1, heads.kv, 2, heads.dim)
+    at = jnp.arange(held.shape[1])
+    keys, values = held[..., 0, :], held[..., 1, :]
+    values = jnp.where((at < m.kv_len[seqs][:, None])[:, :, None, None], values, 0)  # 0 * garbage may be NaN
+    score = jnp.einsum("cqhgd,ckhd->chgqk", group, keys, precision=exact, preferred_element_type=jnp.float32)
+    score = score * a.scale
+    if a.softcap is not None:
+        score = a.softcap * jnp.tanh(score / a.softcap)
+    mine = m.positions[rows][:, None, None, :, None]
+    seen = at <= mine
+    if a.window is not None:
+        seen &= at > mine - a.window
+    score = jnp.where(seen, score, HIDDEN)
+    p = jnp.exp(score - score.max(axis=-1, keepdims=True))
+    total = p.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
+    out = jnp.einsum(
+        "chgqk,ckhd->cqhgd", p.astype(kv.dtype), values, precision=exact, preferred_element_type=jnp.float32
+    )
+    return (out / total).astype(q.dtype).reshape(-1, heads.q, heads.dim)

@@ -1,0 +1,89 @@
+"""The mesh: how parameters are placed on it, and what its ranks tell each other inside a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from polyradix.backend.protocol import HostArray, ParamSpec
+from polyradix.backend.shard import shard
+
+AXIS = "tp"
+HEADS = PartitionSpec(None, None, AXIS)  # of a layer's cache [pages, page, 2*Hk, D]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "bias"], meta_fields=["rows", "axis"])
+@dataclass(frozen=True)
+class Packed:
+    """One parameter, or in a step one rank's shard of it, in the spec's dtype. A pytree whose leaves are the arrays."""
+
+    value: Any
+    bias: Any
+    rows: int  # of the whole, without padding
+    axis: int | None  # split over ranks
+
+
+def place(mesh: Mesh, spec: ParamSpec, value: HostArray, bias: HostArray | None) -> Packed:
+    """Each rank's shard on its device."""
+
+    def put(whole: HostArray, part: Literal["weight", "bias"], split: PartitionSpec) -> jax.Array:
+        devices = mesh.devices.flat
+        each = [jax.device_put(shard(spec, whole, r, mesh.size, part), d) for r, d in enumerate(devices)]
+        axis = next((i for i, name in enumerate(split) if name), None)
+        shape = tuple(n * (mesh.size if i == axis else 1) for i, n in enumerate(each[0].shape))
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, split), each)
+
+    specs = partition(Packed(value, bias, spec.shape[0], spec.shard_axis))
+    value = put(value, "weight", specs.value)
+    return Packed(value, None if bias is None else put(bias, "bias", specs.bias), spec.shape[0], spec.shard_axis)
+
+
+def partition(w: Packed) -> Packed:
+    """The same tree with a PartitionSpec for each array."""
+    value = PartitionSpec() if w.axis is None else PartitionSpec(*[None] * w.axis, AXIS)
+    bias = None if w.bias is None else PartitionSpec(AXIS) if w.axis == 0 else PartitionSpec()
+    return Packed(value, bias, w.rows, w.axis)
+
+
+class MeshCollectives:
+    """Collectives over the axis of a shard_map. Sums are taken in float32 at least and rounded once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, x: jax.Array) -> jax.Array:
+        return jax.lax.psum(_wide(x), AXIS).astype(x.dtype)
+
+    def all_gather(self, x: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.all_gather(x, AXIS, axis=axis, tiled=True)
+
+    def reduce_scatter(self, x: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.psum_scatter(_wide(x), AXIS, scatter_dimension=axis, tiled=True).astype(x.dtype)
+
+    def all_to_all(self, x: jax.Array, axis: int) -> jax.Array:
+        return jax.lax.all_to_all(x, AXIS, split_axis=axis, concat_axis=axis, tiled=True)
+
+    def broadcast(self, x: jax.Array, root: int) -> jax.Array:
+        return jax.lax.all_gather(x, AXIS)[root]
+
+    def permute(self, x: jax.Array, to: Sequence[int]) -> jax.Array:
+        if sorted(to) != list(range(self.size)):
+            raise ValueError(f"permute to {list(to)}; expected each rank from 0 to {self.size - 1} once")
+        return jax.lax.ppermute(x, AXIS, list(enumerate(to)))
+
+    def barrier(self) -> None: ...
+
+
+def make_mesh(devices: Sequence[Any], tp: int) -> Mesh:
+    return Mesh(np.array(devices[:tp]), (AXIS,))
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,98 @@
+"""The verbs in JAX, traced inside one shard_map: every array is a rank's own. Products take values as they are and sum
+in float32; everything else is float32 inside and rounded once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.expand import Expansions
+from polyradix.backend.protocol import AttnSpec, Collectives, Heads
+from polyradix_tpu.batch import JaxMeta
+from polyradix_tpu.kernels import Kernels
+from polyradix_tpu.kernels.xla import precision
+from polyradix_tpu.mesh import Packed
+
+
+class JaxOps(Expansions):
+    """A layer's KV is an array [pages, page, 2*Hk, D]; see kernels."""
+
+    def __init__(self, collectives: Collectives, kernels: Kernels) -> None:
+        self._collectives, self._kernels = collectives, kernels
+
+    def embed(self, w: Packed, m: JaxMeta) -> jax.Array:
+        return w.value[m.tokens]
+
+    def linear(self, x: jax.Array, w: Packed) -> jax.Array:
+        return _biased(_product(x, w), w).astype(x.dtype)
+
+    def linear_reduce(self, x: jax.Array, w: Packed) -> jax.Array:
+        part = _product(x, w)
+        total = part if w.axis is None else self._collectives.all_reduce(part)
+        return _biased(total, w).astype(x.dtype)
+
+    def qkv(self, x: jax.Array, w: Packed, heads: Heads) -> tuple[jax.Array, jax.Array, jax.Array]:
+        heads = self._local(heads)
+        rows = self.linear(x, w).reshape(len(x), -1, heads.dim)
+        q, k, v = jnp.split(rows, [heads.q, heads.q + heads.kv], axis=1)
+        return q, k, v
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        return (_wide(x) + _wide(y)).astype(x.dtype)
+
+    def rms_norm(self, x: jax.Array, w: Packed, eps: float) -> jax.Array:
+        f = _wide(x)
+        mean = jnp.mean(f * f, axis=-1, keepdims=True)
+        return (f * jax.lax.rsqrt(mean + eps) * _wide(w.value)).astype(x.dtype)
+
+    def rope(self, q: jax.Array, k: jax.Array, table: Packed, m: JaxMeta) -> tuple[jax.Array, jax.Array]:
+        cos, sin = jnp.split(table.value[m.positions][:, None, :], 2, axis=-1)  # [T,1,D/2] each
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec
+    ) -> tuple[jax.Array, jax.Array]:
+        kv = self._kernels.write(k, v, kv, m)
+        out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads)))
+        return out.reshape(len(q), -1), kv
+
+    def gated(self, x: jax.Array, kind: Literal["silu"]) -> jax.Array:
+        if kind != "silu":
+            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+        gate, up = jnp.split(_wide(x), 2, axis=-1)
+        return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+    def last(self, x: jax.Array, m: JaxMeta) -> jax.Array:
+        return x[m.last]
+
+    def logits(self, x: jax.Array, w: Packed) -> jax.Array:
+        part = _biased(_product(x, w), w)
+        whole = part if w.axis is None else self._collectives.all_gather(part, 1)
+        return whole[:, : w.rows]  # the last shards end with padding
+
+    def _local(self, heads: Heads) -> Heads:
+        """This rank's share."""
+        return Heads(heads.q // self._collectives.size, heads.kv // self._collectives.size, heads.dim)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32)
+
+
+def _product(x: jax.Array, w: Packed) -> jax.Array:
+    """x w^T, float32."""
+    contract = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, w.value, contract, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _biased(product: jax.Array, w: Packed) -> jax.Array:
+    return product if w.bias is None else product + _wide(w.bias)
+
+
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    first, second = jnp.split(_wide(x), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,88 @@
+"""The compiled step: what it says to other ranks, and that the cache is updated in place."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from polyradix.backend.protocol import Limits
+from polyradix.graph.dense import make_step
+from polyradix_tpu.batch import TILE, Shape
+
+SHAPES = [Shape(4, 4, 8, 1), Shape(64, 4, 8, TILE)]
+
+
+def compiled(model, shape: Shape):
+    vector = jax.ShapeDtypeStruct((shape.length,), np.int32)
+    return model.program.lower(model.tree, model.kv, vector, shape).compile()
+
+
+def collectives(text: str) -> dict[str, int]:
+    names = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
+    return {name: names.count(name) for name in set(names)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tp", [2, 4])
+def test_two_sums_a_layer_and_one_gather_of_logits(model, tp, shape):
+    m = model(tp)
+    assert collectives(compiled(m, shape).as_text()) == {"all-reduce": 2 * m.spec.layers, "all-gather": 1}
+
+
+def test_one_rank_says_nothing(model):
+    assert collectives(compiled(model(1), SHAPES[0]).as_text()) == {}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tp", [1, 4])
+def test_the_cache_is_updated_in_place(model, tp, shape):
+    m = model(tp, pages=2000)
+    size = sum(x.nbytes for x in m.kv) // tp
+    memory = compiled(m, shape).memory_analysis()
+    assert memory.alias_size_in_bytes == size
+    assert memory.temp_size_in_bytes < size / 20
+
+
+def test_parameters_are_not_donated_and_the_old_cache_is(model):
+    m = model()
+    old = m.kv
+    vector = np.zeros(SHAPES[0].length, np.int32)
+    _, new = m.program(m.tree, m.kv, vector, SHAPES[0])
+    assert all(x.is_deleted() for x in old)
+    assert not any(x.is_deleted() for x in [*new, *jax.tree.leaves(m.tree)])
+
+
+def test_warm_compiles_every_bucket_at_the_first_step(model, batch, monkeypatch):
+    m = model(warm=True)
+    run = m.backend.compile(make_step(m.spec), Limits(32, 2, 40))
+    _, kv = run(m.params, m.kv, m.backend.prepare(batch(3)))
+    compiles = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *args, **kwargs: compiles.append(name))
+    for lengths in ([1], [30], [1, 1], [20, 3]):
+        _, kv = run(m.params, kv, m.backend.prepare(batch(*lengths)))
+    assert not [name for name in compiles if "backend_compile" in name]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ([33], "num_tokens 33; expected at most 32"),
+        ([1, 1, 1], "num_seqs 3; expected at most 2"),
+        ([25], "kv_len 25; expected at most 24"),
+    ],
+)
+def test_a_batch_beyond_the_limits_is_named(model, batch, lengths, message):
+    m = model()
+    run = m.backend.compile(make_step(m.spec), Limits(32, 2, 24))
+    with pytest.raises(ValueError, match=message):
+        run(m.params, m.kv, m.backend.prepare(batch(*lengths)))
+
+
+def test_samples_that_are_not_there_are_named(model, batch):
+    made = batch(1)
+    made.from_prev[:] = 0
+    with pytest.raises(ValueError, match="prev is None"):
+        model().backend.prepare(made)
