@@ -17,9 +17,8 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -76,8 +75,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@dataclass
-class Made:
+class Made(NamedTuple):
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     arrays: dict[str, Any]
@@ -103,7 +101,8 @@ def make(family: str) -> Made:
         least = np.median(arrays[key]) if key.startswith("floor") else -np.inf
         arrays[key] = np.maximum(arrays[key], least)
         arrays[f"rebound_{key}"] = np.maximum(other[key][-1:], least)
-    return Made(config.to_dict() | {"architectures": [type(model).__name__]}, shapes, arrays)
+    about = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    return Made(about, shapes, arrays)
 
 
 def config_of(family: str) -> Any:
@@ -203,7 +202,7 @@ def main(folder: Path) -> None:
     digests = {}
     for family in FAMILIES:
         made = make(family)
-        about = json.dumps({"config": made.config, "shapes": made.shapes}, indent=1, sort_keys=True, default=str)
+        about = json.dumps({"config": made.config, "shapes": made.shapes}, indent=1, sort_keys=True)
         (folder / f"{family}.json").write_text(about + "\n")
         np.savez_compressed(folder / f"{family}.npz", **made.arrays)
         for name in (f"{family}.json", f"{family}.npz"):
