@@ -40,6 +40,13 @@ def test_the_example_is_short():
     assert 100 < lines < 500
 
 
+def test_the_guide_has_the_same_order_of_work():
+    rows = [line for line in render("mychip")["README.md"].splitlines() if line.startswith("|")]
+    guide = (EXAMPLE.parents[1] / "docs" / "add-a-backend.md").read_text().splitlines()
+    assert len(rows) > 5
+    assert [row for row in rows if row not in guide] == []
+
+
 def stages():
     """(methods to write, filters of the cases that pass then), from the table of the README that is written."""
     for line in render("eager")["README.md"].splitlines():
