@@ -12,11 +12,10 @@ class Entry:
         """An example to copy, not to serve with: `--device auto` never takes a negative rank."""
         return Found(True, "plain torch, an example of a backend", rank=-1)
 
-    def create(self, *, device: str = "cpu") -> Backend:
-        """`device` is what torch calls it: `conform run --backend eager --option device=cuda`."""
+    def create(self) -> Backend:
         from polyradix_eager.backend import EagerBackend
 
-        return EagerBackend(device)
+        return EagerBackend()
 
 
 entry = Entry()

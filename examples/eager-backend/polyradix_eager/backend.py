@@ -31,6 +31,7 @@ from torch import Tensor
 
 from polyradix_eager.ops import Batch, EagerOps, LayerKV, Packed
 
+DEVICE = "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,13 +41,12 @@ class EagerBackend:
     ops: Ops
     collectives: Collectives
 
-    def __init__(self, device: str) -> None:
-        self.device = torch.device(device)
+    def __init__(self) -> None:
         self.ops = EagerOps()
         self.collectives = Alone()  # of one rank
         self.caps = Capabilities(
             name="eager",
-            device=f"torch {torch.__version__} on {device}",
+            device=f"torch {torch.__version__} on {DEVICE}",
             dtypes=frozenset(DTYPES),
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
@@ -55,9 +55,7 @@ class EagerBackend:
         )
 
     def memory(self) -> Memory:
-        """Of the device, or of the host."""
-        if self.device.type == "cuda":
-            return Memory(*torch.cuda.mem_get_info(self.device))
+        """Of the host, which is the device here."""
         free, total = (os.sysconf("SC_PAGE_SIZE") * os.sysconf(n) for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
         return Memory(free, total)
 
@@ -77,7 +75,7 @@ class EagerBackend:
         if reasons:
             raise Unsupported("KV", "; ".join(map(str, reasons)))
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), DTYPES[spec.dtype]
-        k, v = torch.zeros(2, spec.layers, *shape, dtype=dtype, device=self.device)
+        k, v = torch.zeros(2, spec.layers, *shape, dtype=dtype, device=DEVICE)
         return list(zip(k, v, strict=True))
 
     def prepare(self, batch: HostBatch, prev: Tensor | None = None) -> Batch:
@@ -109,7 +107,7 @@ class EagerBackend:
 
     def sample(self, logits: Tensor, batch: SampleBatch) -> Tensor:
         """i32[S]; semantics in backend/sampling.py."""
-        return torch.from_numpy(sample_host(logits.cpu().numpy(), batch)).to(self.device)
+        return torch.from_numpy(sample_host(logits.cpu().numpy(), batch)).to(DEVICE)
 
     def logprobs(self, logits: Tensor, tokens: Tensor, top: int) -> LogProbs:
         """Of the unscaled logits."""
@@ -142,12 +140,12 @@ class EagerBackend:
         return done(host.numpy())
 
     def _index(self, x: HostArray) -> Tensor:
-        return torch.from_numpy(x.astype(np.int64)).to(self.device)
+        return torch.from_numpy(x.astype(np.int64)).to(DEVICE)
 
     def _upload(self, x: HostArray) -> Tensor:
         """A copy on the device; NumPy's bfloat16 is unknown to torch, so its bits are taken."""
         bits = x.view(np.int16) if x.dtype == ml_dtypes.bfloat16 else x
-        out = torch.tensor(bits, device=self.device)
+        out = torch.tensor(bits, device=DEVICE)
         return out.view(torch.bfloat16) if bits is not x else out
 
 
