@@ -50,33 +50,40 @@ def add_rms_norm(
 
 
 @triton.jit
-def _rope(q, k, q_out, k_out, table, positions, q_row, k_row, HQ, HK, D: tl.constexpr, HALF: tl.constexpr):
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, HALF)
-    mask = at < D // 2
-    angle = table + tl.load(positions + row).to(tl.int64) * D + at
-    cos = tl.load(angle, mask=mask, other=0.0)
-    sin = tl.load(angle + D // 2, mask=mask, other=0.0)
-    if head < HQ:
-        source, target = q + row * q_row + head * D, q_out + (row * HQ + head) * D
-    else:
-        source, target = k + row * k_row + (head - HQ) * D, k_out + (row * HK + head - HQ) * D
-    a = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(source + D // 2 + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(target + at, (a * cos - b * sin).to(q_out.dtype.element_ty), mask=mask)
-    tl.store(target + D // 2 + at, (b * cos + a * sin).to(q_out.dtype.element_ty), mask=mask)
+def _turn(x, out, cos, sin, heads, D: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr):
+    h, d = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
+    mask = (h < heads) & (d < D // 2)
+    a = tl.load(x + h * D + d, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + D // 2 + h * D + d, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + h * D + d, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + D // 2 + h * D + d, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rope(
+    q, k, q_out, k_out, table, positions, q_row, k_row, HQ, HK,
+    D: tl.constexpr, HALF: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, HALF)[None, :]
+    angle = table + tl.load(positions + row).to(tl.int64) * D + d
+    cos = tl.load(angle, mask=d < D // 2, other=0.0)
+    sin = tl.load(angle + D // 2, mask=d < D // 2, other=0.0)
+    _turn(q + row * q_row, q_out + row * HQ * D, cos, sin, HQ, D, HALF, QP)
+    _turn(k + row * k_row, k_out + row * HK * D, cos, sin, HK, D, HALF, KP)
 
 
 def rope(
     q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [T,Hq,D] and k [T,Hk,D], whose heads are contiguous; table [positions,D] float32, cos then sin."""
-    rows, heads, dim = q.shape
+    (rows, heads, dim), kv_heads = q.shape, k.shape[1]
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    grid, half = (rows, heads + k.shape[1]), triton.next_power_of_2(dim // 2)
-    _rope[grid](
-        q, k, q_out, k_out, table, positions, q.stride(0), k.stride(0), heads, k.shape[1], dim, half, num_warps=1
-    )
+    half, padded = triton.next_power_of_2(dim // 2), triton.next_power_of_2(heads)
+    _rope[(rows,)](
+        q, k, q_out, k_out, table, positions, q.stride(0), k.stride(0), heads, kv_heads, dim, half, padded,
+        triton.next_power_of_2(kv_heads), num_warps=_warps(padded * half),
+    )  # fmt: skip
     return q_out, k_out
 
 
