@@ -97,6 +97,17 @@ class Flow:
         self.rig.close(what, got, truth[ids], floors[ids])
         return got
 
+    def contents(self, parts: list[Part]) -> Arr:
+        """What the pages of the first `layers` hold after `parts` were written, in the export form."""
+        ragged, out = self.ragged, poison(self.spec, self.ragged.num_pages)
+        slots = np.concatenate([ragged.slots(p) for p in parts])
+        ids = np.concatenate([ragged.ids(p) for p in parts])
+        for layer in range(self.layers):
+            x = np.roll(self.x[ids], -layer, axis=1).reshape(len(ids), -1, self.heads.dim)
+            for i, part in enumerate(np.split(x[:, self.heads.q :], 2, axis=1)):
+                out[i, layer, slots // ragged.page, slots % ragged.page] = part.astype(out.dtype)
+        return out[:, : self.layers]
+
     def export(self, pages: list[int]) -> Arr:
         return self.rig.export(self.kv, pages)
 

@@ -101,21 +101,22 @@ class Attention:
 
 
 def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
-    """Causal attention of one sequence: q [L,Hq,D], k and v [L,Hk,D], row t at position t. Query head h reads key head
-    h // (Hq / Hk)."""
+    """Causal attention of one sequence: k and v [L,Hk,D], row t at position t, and q [T,Hq,D], the last T of L. Query
+    head h reads key head h // (Hq / Hk)."""
     q, k, v = p.take(q, k, v)
     group = q.shape[1] // k.shape[1]
     out = np.empty_like(q)
-    for t in range(len(q)):
+    for row in range(len(q)):
+        t = len(k) - len(q) + row
         first = 0 if a.window is None else max(0, t - a.window + 1)
         for h in range(q.shape[1]):
             keys, values = k[first : t + 1, h // group], v[first : t + 1, h // group]
-            score = p.total(q[t, h] * keys) * p.wide(a.scale)
+            score = p.total(q[row, h] * keys) * p.wide(a.scale)
             if a.softcap is not None:
                 score = p.wide(a.softcap) * np.tanh(score / p.wide(a.softcap))
             e = np.exp(score - score.max())
             weighted = p.round(e)[:, None].astype(p.wide) * values  # kernels may round the weights to the dtype
-            out[t, h] = p.total(weighted.T) / p.total(e)
+            out[row, h] = p.total(weighted.T) / p.total(e)
     return p.round(out)
 
 

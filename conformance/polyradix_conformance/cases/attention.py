@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
+
 from polyradix.backend.protocol import Heads
+from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
 from polyradix_conformance.flow import Flow
-from polyradix_conformance.inputs import REGIMES, Ragged, ragged_lengths
-from polyradix_conformance.oracle import Attention
+from polyradix_conformance.inputs import REGIMES, Part, Ragged, ragged_lengths
+from polyradix_conformance.oracle import EXACT, Attention
 from polyradix_conformance.rig import Rig
+from polyradix_conformance.tolerance import floor
 
 GQA = Heads(q=4, kv=2, dim=64)
 LAYOUTS = {"mha": Heads(q=2, kv=2, dim=64), "mqa": Heads(q=4, kv=1, dim=64), "gqa": GQA}
@@ -32,7 +36,20 @@ def attend(
     flow.check(f"attend {plan}", getattr(ragged, plan)())
 
 
+def long(rig: Rig) -> None:
+    """The last tokens of a sequence longer than the partitions of any kernel; the rest is imported."""
+    heads, attention, n, new = Heads(2, 1, 64), Attention(0.125), 1000, 3
+    flow = Flow(rig, Ragged((n,), rig.page), heads, attention)
+    data = rig.export(flow.kv, range(flow.ragged.num_pages))
+    data[:, :1] = flow.contents([Part(0, 0, n - new)])
+    flow.kv = rig.backend.import_pages(flow.kv, range(flow.ragged.num_pages), data)
+    q, k, v = np.split(flow.x.reshape(n, -1, heads.dim), [heads.q, heads.q + heads.kv], axis=1)
+    truth, *others = (oracle.attend(p, q[-new:], k, v, attention) for p in (EXACT, *oracle.emulated(rig.dtype)))
+    rig.close("attend", flow.step([Part(0, n - new, n)]), truth, floor(truth, others, rig.dtype))
+
+
 for dtype in ("float32", "bfloat16"):
+    case("L1/attend/long", dtype, long)
     for plan in PLANS:
         for regime in REGIMES:
             case(f"L1/attend/{plan}/{regime}", dtype, partial(attend, plan=plan, regime=regime))

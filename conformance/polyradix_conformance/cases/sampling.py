@@ -62,14 +62,14 @@ FLOATS = ("temperature", "top_p", "min_p")
 
 
 class Sampler:
-    """Logits on the device, sampled."""
+    """The rows of a table [64,VOCAB] as logits on the device, sampled."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, x: Arr | None = None) -> None:
         self.rig = rig
-        head = np.eye(VOCAB, 208)
-        self.x = table(rig.dtype)
+        self.x = table(rig.dtype) if x is None else x
         padded = np.pad(self.x, ((0, 0), (0, 208 - VOCAB)))
-        self.params = Params({"x": rig.pack("embed", padded), "head": rig.pack("logits", head)}, [])
+        head = rig.pack("logits", np.eye(VOCAB, 208))
+        self.run = rig.compile(_pick, Params({"x": rig.pack("embed", padded), "head": head}, []))
 
     def logits(self, ids: list[int]) -> Any:
         """[len(ids), V] on the device: each row is a sequence of one token."""
@@ -77,11 +77,7 @@ class Sampler:
         _, kv = self.rig.kv(ragged.num_pages, Heads(1, 1, 64))
         batch = ragged.batch([Part(s, 0, 1) for s in range(len(ids))])
         batch.tokens[:] = ids
-
-        def step(ops: Any, params: Params, kv: Any, m: Any) -> tuple[Any, Any]:
-            return ops.logits(ops.last(ops.embed(params.top["x"], m), m), params.top["head"]), kv
-
-        return self.rig.compile(step, self.params)(kv, batch)[0]
+        return self.run(kv, batch)[0]
 
     def tokens(self, ids: list[int], picked: list[SampleRow]) -> list[int]:
         out = self.rig.backend.sample(self.logits(ids), batch_of(picked))
@@ -96,6 +92,10 @@ class Sampler:
         return got
 
 
+def _pick(ops: Any, params: Params, kv: Any, m: Any) -> tuple[Any, Any]:
+    return ops.logits(ops.last(ops.embed(params.top["x"], m), m), params.top["head"]), kv
+
+
 def sample(rig: Rig) -> None:
     sampler, grid = Sampler(rig), rows()
     for at in range(0, len(grid), 32):
@@ -106,6 +106,13 @@ def sample(rig: Rig) -> None:
 def greedy(rig: Rig) -> None:
     """All rows greedy, ties to the lowest id: backends have a path of their own for it."""
     Sampler(rig).check(list(range(64)), [SampleRow(0.0, 0, 1.0, 0.0, n, n) for n in range(64)])
+
+
+def filters(rig: Rig) -> None:
+    """Each filter takes what the one before it left: many seeds, of one distribution that is nearly flat."""
+    sampler = Sampler(rig, table(rig.dtype) / 8)
+    for k, p, m in ((20, 0.5, 0.0), (0, 0.5, 0.0), (8, 1.0, 0.9), (20, 0.5, 0.9)):
+        sampler.check([9] * 64, [SampleRow(1.0, k, p, m, seed, 5) for seed in range(64)])
 
 
 def seeds(rig: Rig) -> None:
@@ -128,6 +135,20 @@ def mask(rig: Rig) -> None:
     Sampler(rig).check([n % 64 for n in range(len(picked))], picked)
 
 
+def logprobs_after_sampling(rig: Rig) -> None:
+    """Temperature and mask change what is sampled, not its log probability."""
+    sampler, ids = Sampler(rig), list(range(8, 40))
+    odd = tuple(range(1, VOCAB, 2))
+    picked = [SampleRow((0.0, 0.5, 2.0)[i % 3], 0, 1.0, 0.0, i, i, odd) for i in ids]
+    logits = sampler.logits(ids)
+    tokens = rig.backend.sample(logits, batch_of(picked))
+    got = rig.fetch(rig.backend.logprobs(logits, tokens, 1).chosen, (len(ids),))
+    chosen = rig.fetch(tokens, (len(ids),)).astype(int)[:, None]
+    truth, *others = (oracle.logprobs(p, sampler.x[ids]) for p in (EXACT, *oracle.emulated(rig.dtype)))
+    want = np.take_along_axis(truth, chosen, axis=1)
+    rig.close("logprobs of the chosen", got[:, None], want, floor(truth, others, "float32"))
+
+
 def logprobs(rig: Rig) -> None:
     sampler, ids, top = Sampler(rig), list(range(0, 64, 3)), 5
     logits = sampler.logits(ids)
@@ -147,6 +168,8 @@ def logprobs(rig: Rig) -> None:
 for dtype in ("float32", "bfloat16"):
     case("L1/sample/grid", dtype, sample)
     case("L1/sample/greedy", dtype, greedy)
+    case("L1/sample/filters", dtype, filters)
     case("L1/sample/seeds", dtype, seeds)
     case("L1/sample/mask", dtype, mask, features=("mask",))
     case("L1/logprobs", dtype, logprobs, features=("logprobs",))
+    case("L1/logprobs/after_sampling", dtype, logprobs_after_sampling, features=("logprobs", "mask"))

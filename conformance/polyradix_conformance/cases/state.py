@@ -9,7 +9,7 @@ import numpy as np
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import Heads, Params
 from polyradix_conformance.cases import case
-from polyradix_conformance.cases.sampling import greedy_batch
+from polyradix_conformance.cases.sampling import Sampler, greedy_batch
 from polyradix_conformance.flow import Flow, poison
 from polyradix_conformance.inputs import Part, Ragged, ragged_lengths, values
 from polyradix_conformance.oracle import Arr, Attention
@@ -23,18 +23,6 @@ LAYERS = 3
 def flow_of(rig: Rig, seed: int = 0, lengths: tuple[int, ...] | None = None) -> Flow:
     ragged = Ragged(lengths or ragged_lengths(rig.page), rig.page, seed)
     return Flow(rig, ragged, HEADS, ATTENTION, layers=LAYERS)
-
-
-def contents(flow: Flow, parts: list[Part]) -> Arr:
-    """The cache after `parts` were written into a poisoned one, in the export form."""
-    out = poison(flow.spec, flow.ragged.num_pages)
-    slots = np.concatenate([flow.ragged.slots(p) for p in parts])
-    ids = np.concatenate([flow.ragged.ids(p) for p in parts])
-    for layer in range(LAYERS):
-        x = np.roll(flow.x[ids], -layer, axis=1).reshape(len(ids), -1, HEADS.dim)
-        for i, part in enumerate(np.split(x[:, HEADS.q :], 2, axis=1)):
-            out[i, layer, slots // flow.ragged.page, slots % flow.ragged.page] = part.astype(out.dtype)
-    return out[:, :LAYERS]
 
 
 def held(flow: Flow, pages: list[int]) -> Arr:
@@ -54,7 +42,7 @@ def written(rig: Rig) -> None:
     for parts in flow.ragged.chunked():
         flow.step(parts)
     pages = list(range(1, flow.ragged.num_pages))
-    same("the cache", held(flow, pages), contents(flow, flow.ragged.whole()[0])[:, :, 1:])
+    same("the cache", held(flow, pages), flow.contents(flow.ragged.whole()[0])[:, :, 1:])
 
 
 def last_layer(rig: Rig) -> None:
@@ -68,14 +56,14 @@ def copied(rig: Rig) -> None:
     flow = flow_of(rig, lengths=(rig.page + 1, 3))
     page = rig.page
     flow.step([Part(0, 0, page), Part(1, 0, 2)])
-    before = contents(flow, [Part(0, 0, page), Part(1, 0, 2)])
+    before = flow.contents([Part(0, 0, page), Part(1, 0, 2)])
     a, b = int(flow.ragged.pages[0][0]), int(flow.ragged.pages[1][0])
     to = flow.ragged.spare[:2]
     flow.kv = rig.backend.copy_pages(flow.kv, [b, a], to)
     same("the copies", held(flow, to), before[:, :, [b, a]])
     flow.step([Part(0, page, page + 1), Part(1, 2, 3)])
     same("the copies after the source changed", held(flow, to), before[:, :, [b, a]])
-    after = contents(flow, flow.ragged.whole()[0])
+    after = flow.contents(flow.ragged.whole()[0])
     same("the source after it was copied", held(flow, [a, b]), after[:, :, [a, b]])
     flow.kv = rig.backend.import_pages(flow.kv, to[:1], poison(flow.spec, 1))
     same("the source after its copy changed", held(flow, [b]), after[:, :, [b]])
@@ -89,7 +77,7 @@ def moved(rig: Rig) -> None:
     there = Flow(rig, Ragged(flow.ragged.lengths, rig.page, seed=1), HEADS, ATTENTION, layers=LAYERS)
     source, target = (np.concatenate(f.ragged.pages)[::-1].tolist() for f in (flow, there))
     data = flow.export(source)
-    same("the export", data[:, :LAYERS], contents(flow, head)[:, :, source])
+    same("the export", data[:, :LAYERS], flow.contents(head)[:, :, source])
     there.kv = rig.backend.import_pages(there.kv, target, data)
     same("the import", there.export(target[::-1]), data[:, :, ::-1])
     there.check("decoding from imported pages", [tail])
@@ -115,6 +103,7 @@ def batching(rig: Rig) -> None:
         "in chunks": flow.ragged.chunked(),
         "with decodes": flow.ragged.mixed(),
         "alone": [[p] for p in whole],
+        "decoded alone": [flow.ragged.decode()[0], *([p] for p in flow.ragged.decode()[1])],
         "in another order": [whole[::-1]],
         "on other pages": [whole],
     }
@@ -154,6 +143,51 @@ def linked(rig: Rig) -> None:
     same("the samples of the second", rig.fetch(rig.backend.sample(second, greedy_batch(3)), (3,)), [2, 4, 6])
 
 
+def exported_then_written(rig: Rig) -> None:
+    """An export is of the moment it was asked for."""
+    flow = flow_of(rig, lengths=(rig.page,))
+    flow.step(flow.ragged.whole()[0])
+    pages = flow.ragged.pages[0].tolist()
+    asked = rig.backend.export_pages(flow.kv, pages)
+    flow.kv = rig.backend.import_pages(flow.kv, pages, poison(flow.spec, len(pages)))
+    same("the export", asked.result(timeout=60)[:, :LAYERS], flow.contents(flow.ragged.whole()[0])[:, :, pages])
+
+
+def fetched_later(rig: Rig) -> None:
+    """The engine launches a step before it looks at the one before: what was fetched stays."""
+    sampler, wanted = Sampler(rig), ([10, 11, 12], [20, 21, 22])
+    asked = []
+    for ids in wanted:
+        logits = sampler.logits(ids)
+        asked.append((rig.backend.fetch(logits), rig.backend.fetch(rig.backend.sample(logits, greedy_batch(3)))))
+    for ids, (logits, samples) in zip(wanted, asked, strict=True):
+        same(f"logits of {ids}", logits.result(timeout=60), sampler.x[ids])
+        same(f"samples of {ids}", samples.result(timeout=60), sampler.x[ids].argmax(axis=1))
+
+
+def two_steps(rig: Rig) -> None:
+    """Two compiled steps on one backend keep what is their own: the scale of attention."""
+    ragged = Ragged((37, 3), rig.page)
+    flows = [Flow(rig, ragged, HEADS, Attention(scale)) for scale in (0.125, 0.5)]
+    for parts in ragged.decode():
+        for flow in flows:
+            flow.checked_step(f"attend with scale {flow.attention.scale}", parts)
+
+
+BODIES = (
+    zeroed,
+    written,
+    last_layer,
+    copied,
+    moved,
+    nothing_to_move,
+    batching,
+    linked,
+    exported_then_written,
+    fetched_later,
+    two_steps,
+)
+
 for dtype in ("float32", "bfloat16"):
-    for body in (zeroed, written, last_layer, copied, moved, nothing_to_move, batching, linked):
+    for body in BODIES:
         case(f"L2/{body.__name__}", dtype, body)

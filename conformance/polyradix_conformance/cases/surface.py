@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyradix.backend.capabilities import FEATURES, Unsupported
-from polyradix.backend.protocol import HostArray, KVSpec, Memory, ParamSpec
+from polyradix.backend.protocol import Heads, HostArray, KVSpec, Memory, ParamSpec
 from polyradix.backend.registry import check_drift
 from polyradix_conformance.cases import case
 from polyradix_conformance.cases.sampling import VOCAB, Sampler, greedy_batch
@@ -52,13 +52,17 @@ def page_bytes(rig: Rig) -> None:
 
 
 def results(rig: Rig) -> None:
-    """Logits are float32 [S,V] and samples int32 [S], without padding."""
+    """Logits are float32 [S,V] and samples int32 [S], without padding; exports are of the cache's dtype."""
     logits = Sampler(rig).logits([0, 1, 2])
     samples = rig.backend.sample(logits, greedy_batch(3))
     for name, x, dtype, shape in (("logits", logits, "float32", (3, VOCAB)), ("samples", samples, "int32", (3,))):
         got = rig.backend.fetch(x).result(timeout=60)
         if (got.dtype, got.shape) != (np.dtype(dtype), shape):
             raise Mismatch(f"fetched {name} are {got.dtype} {got.shape}; expected {dtype} {shape}")
+    spec, kv = rig.kv(4, Heads(4, 2, 64), 3)
+    exported, form = rig.export(kv, [2, 3]), (2, 3, 2, spec.page_size, 2, 64)
+    if (exported.dtype, exported.shape) != (np.dtype(HOST[rig.dtype]), form):
+        raise Mismatch(f"exported pages are {exported.dtype} {exported.shape}; expected {rig.dtype} {form}")
 
 
 def declined(rig: Rig) -> None:
