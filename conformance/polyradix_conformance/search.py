@@ -23,7 +23,6 @@ ROUND = 20  # examples between looks at the clock
 def search(relation: Callable[..., None], examples: int, **drawn: SearchStrategy[Any]) -> None:
     """Calls relation(**drawn) with `examples` draws; a Mismatch names the draw. Raises ValueError for a bad FUZZ."""
     count, seconds = _budget(os.environ.get(FUZZ, ""))
-    free = bool(count or seconds)
 
     def judged(**draw: Any) -> None:
         try:
@@ -33,10 +32,10 @@ def search(relation: Callable[..., None], examples: int, **drawn: SearchStrategy
 
     chosen = settings(
         max_examples=count or (ROUND if seconds else examples),
-        derandomize=not free,
+        derandomize=not (count or seconds),
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink) if free else (Phase.generate,),
+        phases=(Phase.generate,),  # shrinking takes minutes, and a case has a time limit
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
