@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from polyradix.backend.protocol import (
 from polyradix.backend.shard import check_kv, check_param
 from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
+from polyradix_tpu.device import host_memory
 from polyradix_tpu.kernels import XLA
 from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, make_mesh, place
 from polyradix_tpu.ops import JaxOps
@@ -58,11 +58,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on its way to the device. `context` is its longest sequence."""
+    """A batch on its way to the device."""
 
     vector: jax.Array
     shape: Shape
-    count: tuple[int, int, int]  # tokens, sequences, longest context
+    count: tuple[int, int, int]  # tokens, sequences, tokens of the longest sequence
 
 
 class TPUBackend:
@@ -71,14 +71,14 @@ class TPUBackend:
     ops: Ops
     collectives: Collectives
 
-    def __init__(self, devices: Sequence[Any], tp: int, warm: bool) -> None:
+    def __init__(self, devices: Sequence[Any], tp: int, growth: int | None, warm: bool) -> None:
         self._mesh = make_mesh(devices, tp)
         self.collectives = Alone() if tp == 1 else MeshCollectives(tp)
         self.ops = JaxOps(self.collectives, XLA)
         self._warm = warm
         self._device = devices[0]
         self._real = self._device.platform == "tpu"
-        self._ladder = Ladder(2 if self._real else 4)
+        self._ladder = Ladder(growth or (2 if self._real else 4))
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._fetcher = ThreadPoolExecutor(2, "polyradix-fetch")
         self.caps = Capabilities(
@@ -92,16 +92,18 @@ class TPUBackend:
             async_launch=True,
             max_tp=len(devices),
             emulated=not self._real,
-            notes=(f"kernels: {XLA.name}",),
+            notes=(
+                f"kernels: {XLA.name}",
+                "a prefix hit is not bit-exact with a miss: products sum as their sizes suit XLA",
+            ),
         )
 
     def memory(self) -> Memory:
         stats = [d.memory_stats() for d in self._mesh.devices.flat]
         if all(s and "bytes_limit" in s for s in stats):
             return min((Memory(s["bytes_limit"] - s["bytes_in_use"], s["bytes_limit"]) for s in stats), key=_free)
-        page, ranks = os.sysconf("SC_PAGE_SIZE"), self._mesh.size  # which share one host
-        free, total = (page * os.sysconf(name) // ranks for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-        return Memory(free, total)
+        whole = host_memory()
+        return Memory(whole.free // len(stats), whole.total // len(stats))
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         dtype = _dtype(spec.dtype, f"parameter {spec.name}")
@@ -110,6 +112,8 @@ class TPUBackend:
         value, bias = read(), read("bias") if spec.bias else None
         if value.shape != spec.shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {spec.shape}")
+        if spec.kind == "logits" and self._device.platform == "cpu":
+            dtype = DTYPES["float32"]  # XLA's bfloat16 product on CPUs sums too loosely for float32 logits
         return place(self._mesh, spec, value.astype(dtype), None if bias is None else bias.astype(dtype))
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

@@ -17,7 +17,7 @@ from polyradix.backend.batch import I32, HostBatch
 from polyradix.backend.protocol import Limits
 
 TILE = 16  # query rows of one sequence that share one read of its keys
-LEAST_TOKENS, LEAST_PAGES = 16, 4  # the smallest buckets of a batch that is not all decodes
+LEAST_TOKENS, LEAST_SEQS, LEAST_PAGES = 16, 8, 4  # the smallest buckets, the first two where not all are decodes
 
 
 class Shape(NamedTuple):
@@ -110,18 +110,20 @@ class Ladder:
         yield size
 
     def shape(self, b: HostBatch) -> Shape:
-        seqs, pages = self.up(b.num_seqs), self.up(b.pages.shape[1], LEAST_PAGES)
+        pages = self.up(b.pages.shape[1], LEAST_PAGES)
         if b.num_tokens == b.num_seqs:
+            seqs = self.up(b.num_seqs)
             return Shape(seqs, seqs, pages, 1)
-        return Shape(self.up(b.num_tokens, LEAST_TOKENS), seqs, pages, TILE)
+        return Shape(self.up(b.num_tokens, LEAST_TOKENS), self.up(b.num_seqs, LEAST_SEQS), pages, TILE)
 
     def all_shapes(self, limits: Limits, page_size: int) -> Iterator[Shape]:
         """Every bucket that a batch within `limits` may meet."""
         for pages in self.sizes(-(-limits.max_context // page_size), LEAST_PAGES):
             for seqs in self.sizes(limits.max_seqs):
                 yield Shape(seqs, seqs, pages, 1)
+            for seqs in self.sizes(limits.max_seqs, LEAST_SEQS):
                 for tokens in self.sizes(limits.max_tokens, LEAST_TOKENS):
-                    if tokens >= seqs:
+                    if tokens * self.growth > seqs:  # else there are more sequences than tokens
                         yield Shape(tokens, seqs, pages, TILE)
 
 

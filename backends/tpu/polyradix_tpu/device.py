@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import Backend, Found
+from polyradix.backend.protocol import Backend, Found, Memory
 from polyradix.backend.registry import DeviceUnavailable
 
 FAKE_DEVICES = 4  # that JAX makes of one CPU
@@ -26,19 +27,28 @@ class Entry:
             return Found(False, "jax is not installed")
         if has_tpu():
             return Found(True, "a TPU", rank=30, options={"platform": "tpu"})
-        found = ", ".join(other_devices())
-        return Found(True, f"no TPU; JAX finds {found} and runs emulated there with --emulate", rank=-1, emulated=True)
+        others = ", ".join([*sorted(p.name for p in entry_points(group="jax_plugins")), "cpu"])
+        detail = f"no TPU; JAX has {others}, and runs emulated there with --emulate"
+        return Found(True, detail, rank=-1, emulated=True)
 
     def create(
-        self, tp: int = 1, platform: str = "auto", cache: str | None = None, warm: bool | int = False
+        self,
+        tp: int = 1,
+        platform: str = "auto",
+        growth: int | None = None,
+        cache: str | None = None,
+        warm: bool | int = False,
     ) -> Backend:
-        """`platform`: auto is the best that JAX finds. `cache`: a folder for JAX's compiled programs, None leaves JAX's
-        own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the first step
-        compiles those of all sizes of batch; otherwise each is compiled when it is first met."""
+        """`platform`: auto is the best that JAX finds. `growth`: how many times larger each size of batch is than the
+        one before; None is 2 on a TPU, and 4 elsewhere, to compile less. `cache`: a folder for JAX's compiled programs,
+        None leaves JAX's own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the
+        first step compiles those of all sizes of batch; otherwise each is compiled when it is first met."""
         if tp < 1:
             raise ValueError(f"tp is {tp}; expected at least 1")
         if platform not in PLATFORMS:
             raise ValueError(f"platform is {platform!r}; expected one of {', '.join(PLATFORMS)}")
+        if growth is not None and growth < 2:
+            raise ValueError(f"growth is {growth}; expected at least 2")
         devices = open_devices(platform)
         if tp > len(devices):
             names = ", ".join(map(str, devices))
@@ -51,7 +61,7 @@ class Entry:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         from polyradix_tpu.backend import TPUBackend
 
-        return TPUBackend(devices, tp, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")))
+        return TPUBackend(devices, tp, growth, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")))
 
 
 def has_tpu(root: Path = Path("/")) -> bool:
@@ -59,13 +69,6 @@ def has_tpu(root: Path = Path("/")) -> bool:
     wanted = os.environ.get("JAX_PLATFORMS") or "tpu"
     there = any(next(root.glob(pattern), None) for pattern in DEVICE_FILES)
     return there and find_spec("libtpu") is not None and "tpu" in wanted.split(",")
-
-
-def other_devices() -> list[str]:
-    """What JAX would find without a TPU, by what is installed."""
-    plugins = {"cuda": "an NVIDIA GPU", "rocm": "an AMD GPU"}
-    gpus = [gpu for name, gpu in plugins.items() if any(find_spec(f"jax_{name}{n}_plugin") for n in ("12", "13", "7"))]
-    return [*gpus, "a CPU"]
 
 
 def open_devices(platform: str) -> list[Any]:
@@ -89,3 +92,14 @@ def _split_cpu(jax: Any) -> None:
             jax.config.update("jax_num_cpu_devices", FAKE_DEVICES)
     except RuntimeError:
         return  # JAX is already running
+
+
+def host_memory(root: Path = Path("/")) -> Memory:
+    """Of the host, for devices that have none of their own. Linux; elsewhere half of it counts as free."""
+    file = root / "proc/meminfo"
+    if not file.exists():
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return Memory(total // 2, total)
+    fields = dict(line.split(":") for line in file.read_text().splitlines())
+    free, total = (1024 * int(fields[name].split()[0]) for name in ("MemAvailable", "MemTotal"))
+    return Memory(free, total)

@@ -84,8 +84,8 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _product(x: jax.Array, w: Packed) -> jax.Array:
-    """x w^T, float32."""
-    contract = (((1,), (1,)), ((), ()))
+    """x w^T, float32, of values in the dtype of the weight."""
+    x, contract = x.astype(w.value.dtype), (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, w.value, contract, precision=precision(x.dtype), preferred_element_type=jnp.float32)
 
 

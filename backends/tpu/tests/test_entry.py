@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import KVSpec, ParamSpec
+from polyradix.backend.protocol import KVSpec, Memory, ParamSpec
 from polyradix.backend.registry import DeviceUnavailable, open_backend
 from polyradix_tpu import device, entry
 
@@ -51,7 +51,7 @@ def test_a_found_tpu_is_what_create_opens(monkeypatch):
 
 
 def test_without_a_tpu_emulation_has_to_be_asked_for():
-    assert re.fullmatch(r"no TPU; JAX finds .*a CPU and runs emulated there with --emulate", entry.probe().detail)
+    assert re.fullmatch(r"no TPU; JAX has .*cpu, and runs emulated there with --emulate", entry.probe().detail)
     with pytest.raises(DeviceUnavailable, match="--emulate"):
         open_backend("tpu")
     assert open_backend("tpu", emulate=True).caps.emulated
@@ -62,6 +62,7 @@ def test_without_a_tpu_emulation_has_to_be_asked_for():
     [
         ({"tp": 0}, ValueError, "tp is 0; expected at least 1"),
         ({"tp": 5}, Unsupported, r"tp 5 \(JAX has 4 devices: cpu:0, .*JAX_NUM_CPU_DEVICES"),
+        ({"growth": 1}, ValueError, "growth is 1; expected at least 2"),
         ({"platform": "npu"}, ValueError, "platform is 'npu'; expected one of auto, tpu, gpu, cpu"),
     ],
 )
@@ -120,3 +121,10 @@ def test_wrong_caches_are_refused(change, message):
     values = {"layers": 1, "kv_heads": 2, "head_dim": 64, "page_size": 16, "dtype": "float32"} | change
     with pytest.raises((ValueError, Unsupported), match=message):
         entry.create(platform="cpu", tp=2).alloc_kv(KVSpec(**values), 2)
+
+
+def test_the_hosts_memory_is_what_linux_calls_available(tmp_path):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  100 kB\nMemFree:  1 kB\nMemAvailable:  40 kB\n")
+    assert device.host_memory(tmp_path) == Memory(40 * 1024, 100 * 1024)
+    assert device.host_memory(tmp_path / "elsewhere").free > 0
