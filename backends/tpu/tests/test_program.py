@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 
@@ -44,6 +45,14 @@ def test_the_cache_is_updated_in_place(model, tp, shape):
     memory = compiled(m, shape).memory_analysis()
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size / 20
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_the_step_lowers_for_tpus_without_one(model, tp):
+    m, shape = model(tp), SHAPES[1]
+    vector = jax.ShapeDtypeStruct((shape.length,), np.int32)
+    exported = jax.export.export(m.program, platforms=["tpu"])(m.tree, m.kv, vector, shape)
+    assert (exported.platforms, exported.nr_devices) == (("tpu",), tp)
 
 
 def test_parameters_are_not_donated_and_the_old_cache_is(model):
