@@ -12,6 +12,7 @@ import pytest
 from polyradix.backend.protocol import Limits
 from polyradix.graph.dense import make_step
 from polyradix_tpu.batch import TILE, Shape
+from polyradix_tpu.kernels import xla
 
 SHAPES = [Shape(4, 4, 8, 1), Shape(64, 4, 8, TILE)]
 
@@ -62,6 +63,19 @@ def test_parameters_are_not_donated_and_the_old_cache_is(model):
     _, new = m.program(m.tree, m.kv, vector, SHAPES[0])
     assert all(x.is_deleted() for x in old)
     assert not any(x.is_deleted() for x in [*new, *jax.tree.leaves(m.tree)])
+
+
+@pytest.mark.parametrize("lengths", [(40, 3, 17), (1, 1, 1)])
+def test_tiles_that_take_turns_give_the_same(model, batch, monkeypatch, lengths):
+    def logits() -> np.ndarray:
+        m = model(pages=16)
+        run = m.backend.compile(make_step(m.spec), Limits(64, 4, 64))
+        return m.backend.fetch(run(m.params, m.kv, m.backend.prepare(batch(*lengths)))[0]).result()
+
+    together = logits()
+    for budget in (1, 500_000):
+        monkeypatch.setattr(xla, "BUDGET", budget)
+        np.testing.assert_allclose(logits(), together, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("warm", [True, False])
