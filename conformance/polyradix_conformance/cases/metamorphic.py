@@ -322,7 +322,7 @@ class Model:
     def clear(self) -> None:
         self.spec, kv = self.rig.kv(PAGES, HEADS, 2)
         self.want = poison(self.spec, PAGES)
-        self.kv = self.rig.backend.import_pages(kv, range(PAGES), self.want)
+        self.kv = self.rig.backend.import_pages(kv, range(PAGES), self.want.copy())  # it may be read later
         self.asked: list[tuple[str, Any, Arr]] = []
 
     def write(self, pages: list[int], start: int, count: int) -> None:
