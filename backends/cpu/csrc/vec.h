@@ -145,7 +145,13 @@ static inline VF vexp(VF x) {
     return zero_below(scale2(y, n), x, lo);
 }
 static inline VF vsilu(VF x) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
-static inline VF vtanh(VF x) {
-    VF e = vexp(add(x, x));
-    return sub(set1(1.0f), div(set1(2.0f), add(e, set1(1.0f))));
+static inline VF vtanh(VF x) {  // Cephes: near zero the difference of exps loses digits
+    x = vmin(set1(9.0f), vmax(set1(-9.0f), x));
+    VF z = mul(x, x), p = set1(-5.70498872745e-3f), lo = set1(0.625f), size = vmax(x, sub(set1(0.0f), x));
+    p = fma(p, z, set1(2.06390887954e-2f));
+    p = fma(p, z, set1(-5.37397155531e-2f));
+    p = fma(p, z, set1(1.33314422036e-1f));
+    p = fma(p, z, set1(-3.33332819422e-1f));
+    VF near = fma(mul(p, z), x, x), far = sub(set1(1.0f), div(set1(2.0f), add(vexp(add(x, x)), set1(1.0f))));
+    return add(zero_below(far, size, lo), sub(near, zero_below(near, size, lo)));
 }

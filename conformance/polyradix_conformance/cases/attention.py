@@ -57,6 +57,7 @@ for dtype in ("float32", "bfloat16"):
             body = partial(attend, plan=plan, window=window)
             case(f"L1/attend/{plan}/window-{window}", dtype, body, features=("window",))
         case(f"L1/attend/{plan}/softcap", dtype, partial(attend, plan=plan, softcap=1.5), features=("softcap",))
+        case(f"L1/attend/{plan}/softcap-50", dtype, partial(attend, plan=plan, softcap=50.0), features=("softcap",))
     for name, heads in LAYOUTS.items():
         case(f"L1/attend/heads-{name}", dtype, partial(attend, plan="mixed", heads=heads))
     for dim in (32, 80, 96, 128, 256):
