@@ -11,12 +11,14 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test checks tests-core tests bench clean
+.PHONY: help serve test checks tests-core tests tests-triton tests-tpu example bench clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
 CORE := .venv-core/bin
+TPU := .venv-tpu/bin
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
+            backends/tpu/polyradix_tpu \
             conformance/polyradix_conformance
 SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
 NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
@@ -32,7 +34,7 @@ help:
 serve: .venv/served
 	$(BIN)/polyradix serve --model $(MODEL) --device cpu --host $(HOST) --port $(PORT) $(ARGS)
 
-test: checks tests-core tests
+test: checks tests-core tests tests-triton tests-tpu example
 
 checks: .venv/tested
 	$(BIN)/ruff check .
@@ -45,17 +47,36 @@ tests-core: .venv-core/tested
 	$(CORE)/python ci/gates.py --bare
 	$(call pytest,$(CORE)) core/tests --ignore=core/tests/reference
 
+BROWSER = $(firstword $(shell command -v chromium chromium-browser google-chrome))
 tests: .venv/tested
-	$(call pytest,$(BIN)) ci/tests core/tests/reference backends/torch/tests backends/cpu/tests conformance/tests
+	$(if $(BROWSER),,@echo "NOT RUN: conformance/tests/test_matrix_browser.py, there is no Chromium (apt-get install chromium)")
+	$(call pytest,$(BIN)) ci/tests core/tests/reference backends/torch/tests backends/cpu/tests conformance/tests \
+	  --ignore=backends/torch/tests/triton $(if $(BROWSER),,--ignore=conformance/tests/test_matrix_browser.py)
 	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*' \
 	  --ignore=backends/cpu/tests/test_engine.py
-	for kernels in native torch; do POLYRADIX_CPU_KERNELS=$$kernels $(BIN)/conform run --backend cpu; done
+	for kernels in native torch; do \
+	  $(BIN)/conform run --backend cpu --option kernels=$$kernels -o .venv/cpu-$$kernels.json; done
+	for profile in dense mesh; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
+	$(BIN)/conform verify .venv/*-*.json
+	$(BIN)/conform matrix .venv/*-*.json -o .venv
+
+# Triton's interpreter is chosen when triton is imported, hence a process of its own.
+tests-triton: .venv/tested
+	$(call pytest,$(BIN)) backends/torch/tests/triton
+
+tests-tpu: export XLA_FLAGS := --xla_backend_optimization_level=0
+tests-tpu: .venv-tpu/tested
+	$(call pytest,$(TPU)) backends/tpu/tests
+
+# What a vendor does with a backend of their own, away from this tree.
+example: .venv/tested .venv/served
+	PYTHON=$(CURDIR)/$(BIN)/python ci/example.sh
 
 bench: .venv/served
 	$(BIN)/python bench/cpu.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-core .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-core .venv-tpu .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf backends/cpu/polyradix_cpu/native/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
@@ -80,6 +101,11 @@ clean:
 .venv-core/tested: $(SETUP)
 	$(call venv,.venv-core)
 	$(CORE)/pip install -q -e core -r ci/requirements-core.txt
+	touch $@
+
+.venv-tpu/tested: $(SETUP)
+	$(call venv,.venv-tpu)
+	$(TPU)/pip install -q -e core -e conformance -e 'backends/tpu[cpu,flax]' -r ci/requirements-core.txt
 	touch $@
 
 define venv

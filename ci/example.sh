@@ -45,4 +45,4 @@ PY
 [[ $answer == *Paris* ]] || { echo "served: '$answer'; expected Paris in it"; exit 1; }
 echo "served with --device eager: The capital of France is$answer"
 
-[ "$(git -C "$root" status --porcelain)" = "$before" ] || { git -C "$root" status; echo "the tree has changed"; exit 1; }
+diff <(echo "$before") <(git -C "$root" status --porcelain) || { echo "the tree has changed"; exit 1; }

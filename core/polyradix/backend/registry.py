@@ -55,7 +55,7 @@ class Discovered:
         if not self.found.available:
             return self.found.detail
         if self.found.emulated and not emulate:
-            return "runs emulated here, which has to be asked for with --emulate"
+            return f"{self.found.detail}; emulation has to be asked for with --emulate"
         return None
 
 

@@ -6,6 +6,7 @@ The cache is [pages, page, Hk, D]. A sequence's pages are a run of one flat list
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -124,7 +125,7 @@ def _launch_decode(
     if splits > 1:
         part = torch.empty(count, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
-    block = 64 if wide * q.element_size() <= 256 else 32
+    block = 64 if wide * q.element_size() <= 256 else 64 // q.element_size()
     _decode[(count, kv_heads, splits)](
         q, *kv, out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale, a.softcap or 0.0,
         a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)), dim, wide, page,
@@ -206,9 +207,35 @@ def _prefill(
     tl.store(out + (token[:, None] * HQ + head) * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
 
 
+# By bytes of a number and padded head: query rows and warps of a prefill's tile, and its keys on chips with little and
+# with MUCH shared memory for a block. Those with much (Hopper on) multiply out of it, and have registers to spare.
+PREFILL = {
+    (2, 64): (128, 8, 64, 64),
+    (2, 128): (128, 8, 32, 64),
+    (2, 256): (64, 8, 32, 64),
+    (4, 64): (64, 8, 32, 32),
+    (4, 128): (32, 8, 16, 16),
+    (4, 256): (16, 8, 16, 16),
+}
+MUCH = 200 << 10
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    if device.type != "cuda":
+        return MUCH
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+
+
+def _padded(dim: int) -> int:
+    return max(64, int(triton.next_power_of_2(dim)))
+
+
 def tile_rows(dim: int, bytes_each: int) -> int:
     """Query rows of one prefill tile."""
-    return 128 if dim * bytes_each <= 256 else 64 if dim * bytes_each <= 512 else 32
+    return PREFILL[bytes_each, _padded(dim)][0]
 
 
 def _launch_prefill(
@@ -216,9 +243,9 @@ def _launch_prefill(
 ) -> None:
     _, heads, dim = q.shape
     page, kv_heads = kv[0].shape[1:3]
-    tile, wide = tile_rows(dim, q.element_size()), triton.next_power_of_2(dim)
+    tile, warps, *keys = PREFILL[q.element_size(), _padded(dim)]
     _prefill[(heads, len(at.tiles))](
         q, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
-        a.window or 1 << 30, q.stride(0), heads, kv_heads, heads // kv_heads, dim, wide, page, tile,
-        64 if tile > 32 else 32, a.softcap is not None, _precision(q), num_warps=8 if tile == 128 else 4, num_stages=3,
+        a.window or 1 << 30, q.stride(0), heads, kv_heads, heads // kv_heads, dim, triton.next_power_of_2(dim), page,
+        tile, keys[_shared(q.device) >= MUCH], a.softcap is not None, _precision(q), num_warps=warps, num_stages=3,
     )  # fmt: skip

@@ -1,0 +1,190 @@
+"""Compiles every kernel as serving launches it, for chips that need not be here, and prints what each one takes.
+
+    python aot.py [sm_80 sm_90 sm_100 sm_120]
+
+The launchers run on tensors without memory; what they launch is compiled, never run. Exits with 1 when a kernel does
+not compile in time, spills registers, or wants more shared memory than a block of the chip may have.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+SHARED = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376}  # bytes a block may have
+SECONDS = 60.0  # for one kernel
+Launch = tuple[str, Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel on one chip. `stack` is bytes of local memory a thread: spilled registers."""
+
+    chip: str
+    launch: str
+    kernel: str
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+
+    @property
+    def objections(self) -> list[str]:
+        """Why it would not run, or not run well."""
+        out = [f"spills {self.stack} bytes a thread"] if self.stack else []
+        if self.shared > SHARED[self.chip]:
+            out.append(f"takes {self.shared} bytes of shared memory; a block may have {SHARED[self.chip]}")
+        return [f"{self.chip} {self.launch} {self.kernel}: {o}" for o in out]
+
+
+def launches() -> Iterator[Launch]:
+    """Llama-like shapes in bfloat16, and what float32 conformance adds: the widest heads."""
+    import torch
+
+    from polyradix_torch.triton import rows
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def integers(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=torch.int32)
+
+    x, cache = empty(64, 4096), (empty(256, 16, 8, 128), empty(256, 16, 8, 128))
+    q, k, v = empty(64, 48, 128).split([32, 8, 8], dim=1)
+    weight, table = empty(4096, dtype=torch.float32), empty(8192, 128, dtype=torch.float32)
+    yield "width 4096", lambda: rows.rms_norm(x, weight, 1e-5)
+    yield "width 4096", lambda: rows.add_rms_norm(x, x, weight, 1e-5)
+    yield "width 16384", lambda: rows.rms_norm(empty(64, 16384), empty(16384, dtype=torch.float32), 1e-5)
+    yield "D128", lambda: rows.rope(q, k, table, integers(64))
+    yield "8xD128", lambda: rows.write(k, v, cache, integers(64))
+    yield "width 14336", lambda: rows.gated(empty(64, 28672))
+    yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=torch.float32))
+    yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
+    for dim, group in ((64, 8), (128, 4), (128, 8), (256, 4)):
+        for splits in (1, 8):
+            yield f"D{dim} G{group} splits {splits}", attend(torch.bfloat16, dim, group, splits)
+        yield f"D{dim} G{group}", attend(torch.bfloat16, dim, group)
+    for dim in (128, 256):
+        yield f"D{dim} G2 float32 splits 4", attend(torch.float32, dim, 2, 4)
+        yield f"D{dim} G2 float32", attend(torch.float32, dim, 2)
+
+
+def attend(dtype: Any, dim: int, group: int, splits: int = 0) -> Callable[[], Any]:
+    """A decode of 64 sequences when `splits` is given, else a prefill."""
+    import torch
+
+    from polyradix.backend.protocol import AttnSpec, Heads
+    from polyradix_torch.triton import attention
+
+    def integers(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    heads = Heads(8 * group, 8, dim)
+    q = torch.empty(512, heads.q + 2 * heads.kv, dim, dtype=dtype, device="meta")[:, : heads.q]
+    cache = torch.empty(256, 16, heads.kv, dim, dtype=dtype, device="meta")
+    single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
+    at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles)
+    return lambda: attention.attend(q, (cache, cache), at, AttnSpec(heads, dim**-0.5))
+
+
+def compile_all(chip: str, todo: Iterator[Launch], seconds: float = SECONDS) -> Iterator[Built]:
+    """Ends the process when one kernel takes more than `seconds`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from polyradix_torch.triton import attention
+
+    target, run = GPUTarget("cuda", int(chip[3:]), 32), JITFunction.run
+    driver = SimpleNamespace(
+        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+    )
+    triton.runtime.driver.set_active(driver)
+    attention._shared = lambda device: SHARED[chip]
+    made: list[tuple[str, Any, float]] = []
+
+    def build(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+        start = time.perf_counter()
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        faulthandler.cancel_dump_traceback_later()
+        made.append((self.__name__, kernel, time.perf_counter() - start))
+
+    JITFunction.run = build
+    for launch, call in todo:
+        print(f"{chip} {launch}", file=sys.stderr, flush=True)
+        call()
+        for name, kernel, took in made:
+            yield Built(chip, launch, name, *usage(kernel.asm["cubin"]), kernel.metadata.shared, round(took, 2))
+        made.clear()
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", out)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says no registers: {out!r}")
+    return int(found[1]), int(found[2])
+
+
+def worker(chip: str, *more: str) -> tuple[list[Built], str]:
+    """`more` is run as Python first. What was built in a process of its own, and why it ended early, if it did."""
+    code = "import sys, json, aot; chip, todo, limit = sys.argv[1], aot.launches(), aot.SECONDS"
+    end = "[print(json.dumps(aot.asdict(b)), flush=True) for b in aot.compile_all(chip, todo, limit)]"
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join([code, *more, end]), chip],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+            env=environment(cache),
+        )
+    built = [Built(**json.loads(line)) for line in done.stdout.splitlines()]
+    return built, f"{chip}: exit status {done.returncode}\n{done.stderr[-2000:]}" if done.returncode else ""
+
+
+def environment(cache: str) -> dict[str, str]:
+    """This process's without the interpreter, and with a cache of its own, so that every kernel is compiled."""
+    import os
+
+    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "TRITON_CACHE_DIR": cache}
+
+
+def table(built: list[Built]) -> str:
+    lines = [f"{'chip':7}{'kernel':10}{'launch':32}{'registers':>10}{'stack':>7}{'shared':>9}{'of':>9}{'seconds':>9}"]
+    lines += [
+        f"{b.chip:7}{b.kernel:10}{b.launch:32}{b.registers:10}{b.stack:7}{b.shared:9}{SHARED[b.chip]:9}{b.seconds:9.2f}"
+        for b in built
+    ]
+    return "\n".join(lines)
+
+
+def main(chips: list[str]) -> int:
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(worker, chips))
+    print(table([b for built, _ in done for b in built]))
+    wrong = [o for built, _ in done for b in built for o in b.objections] + [why for _, why in done if why]
+    print("\n".join(wrong) or f"{len(chips)} chips: every kernel compiles, none spills, all fit in shared memory")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or list(SHARED)))

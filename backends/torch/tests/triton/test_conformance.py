@@ -1,0 +1,48 @@
+"""The Triton kernels on conformance cases, interpreted: right as they are, seen to be wrong when made so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from interpreted_backend import Interpreted
+
+from polyradix.backend.protocol import AttnSpec
+from polyradix_conformance.cases import Case, all_cases
+from polyradix_conformance.runner import run_case
+from polyradix_torch.triton import attention
+
+CHOSEN = (  # by subject; the interpreter is slow
+    r"L1/(embed|last|qkv|rms_norm|qk_norm|rope/normal|gated|add|linear_gated|logits|sample|logprobs)",
+    r"L1/attend/(mixed/(normal|window-7|softcap)/|decode/(peaked|window-40)/|heads-mqa|dim-80|dim-256|page-1/|page-128)",
+    r"L2/(copied|linked|exported_then_written)",
+)
+CASES = [c for c in all_cases() if c.profile == "dense" and any(re.match(pattern, c.id) for pattern in CHOSEN)]
+
+
+@pytest.fixture(scope="module")
+def backends() -> dict[int, Interpreted]:
+    return {splits: Interpreted(splits) for splits in (1, 3)}
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_case(case: Case, backends: dict[int, Interpreted]) -> None:
+    splits = 1 if case.needs.dtype == "float32" else 3
+    result = run_case(case, lambda tp: backends[splits])
+    assert result.status == "pass", result.detail
+
+
+@pytest.mark.usefixtures("exact")
+def test_a_window_one_too_wide_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.attend
+
+    def wide(q: Any, kv: Any, at: Any, a: AttnSpec) -> Any:
+        return right(q, kv, at, replace(a, window=a.window and a.window + 1))
+
+    monkeypatch.setattr(attention, "attend", wide)
+    case = next(c for c in CASES if c.id == "L1/attend/mixed/window-7/bfloat16")
+    backend = Interpreted(1)
+    assert run_case(case, lambda tp: backend).status == "fail"
