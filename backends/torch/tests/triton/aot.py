@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,27 +147,24 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def worker(chip: str, *more: str) -> tuple[list[Built], str]:
-    """`more` is run as Python first. What was built in a process of its own, and why it ended early, if it did."""
-    code = "import sys, json, aot; chip, todo, limit = sys.argv[1], aot.launches(), aot.SECONDS"
-    end = "[print(json.dumps(aot.asdict(b)), flush=True) for b in aot.compile_all(chip, todo, limit)]"
-    with tempfile.TemporaryDirectory() as cache:
+def worker(chip: str, source: str = "aot", seconds: float = SECONDS) -> tuple[list[Built], str]:
+    """Compiles `source`.launches() in a process of its own: what was built, and why it ended early, if it did."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:  # a cache of its own, so that every kernel is compiled
         done = subprocess.run(
-            [sys.executable, "-c", "\n".join([code, *more, end]), chip],
+            [sys.executable, __file__, "--worker", chip, source, str(seconds)],
             capture_output=True,
             text=True,
             cwd=Path(__file__).parent,
-            env=environment(cache),
+            env=environment | {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"},
         )
     built = [Built(**json.loads(line)) for line in done.stdout.splitlines()]
     return built, f"{chip}: exit status {done.returncode}\n{done.stderr[-2000:]}" if done.returncode else ""
 
 
-def environment(cache: str) -> dict[str, str]:
-    """This process's without the interpreter, and with a cache of its own, so that every kernel is compiled."""
-    import os
-
-    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "TRITON_CACHE_DIR": cache}
+def work(chip: str, source: str, seconds: str) -> None:
+    for built in compile_all(chip, import_module(source).launches(), float(seconds)):
+        print(json.dumps(asdict(built)), flush=True)
 
 
 def table(built: list[Built]) -> str:
@@ -182,9 +181,12 @@ def main(chips: list[str]) -> int:
         done = list(pool.map(worker, chips))
     print(table([b for built, _ in done for b in built]))
     wrong = [o for built, _ in done for b in built for o in b.objections] + [why for _, why in done if why]
-    print("\n".join(wrong) or f"{len(chips)} chips: every kernel compiles, none spills, all fit in shared memory")
+    print("\n".join(wrong) or "every kernel compiles, none spills, and all fit in shared memory")
     return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:] or list(SHARED)))
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:] or list(SHARED)))
