@@ -95,7 +95,7 @@ clean:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q -e core -e backends/cuda -e conformance -r ci/requirements-test.txt
+	$(BIN)/pip install -q -e core -e backends/cuda -e backends/tpu -e conformance -r ci/requirements-test.txt
 	touch $@
 
 .venv-core/tested: $(SETUP)

@@ -73,16 +73,18 @@ def launches() -> Iterator[Launch]:
     yield "width 14336", lambda: rows.gated(empty(64, 28672))
     yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=torch.float32))
     yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
-    for dim, group in ((64, 8), (128, 4), (128, 8), (256, 4)):
+    bfloat16, float32 = torch.bfloat16, torch.float32
+    for dtype, dim, group in ((bfloat16, 64, 8), (bfloat16, 128, 4), (bfloat16, 256, 4), (float32, 256, 2)):
         for splits in (1, 8):
-            yield f"D{dim} G{group} splits {splits}", attend(torch.bfloat16, dim, group, splits)
-        yield f"D{dim} G{group}", attend(torch.bfloat16, dim, group)
-    for dim in (128, 256):
-        yield f"D{dim} G2 float32 splits 4", attend(torch.float32, dim, 2, 4)
-        yield f"D{dim} G2 float32", attend(torch.float32, dim, 2)
+            yield f"D{dim} G{group} {str(dtype)[6:]} splits {splits}", attend(dtype, dim, group, splits)
+        yield f"D{dim} G{group} {str(dtype)[6:]}", attend(dtype, dim, group)
+    yield "D128 G8 splits 8", attend(bfloat16, 128, 8, 8)
+    yield "D256 G2 softcap", attend(bfloat16, 256, 2, softcap=50.0)
+    yield "D256 G2 softcap splits 8", attend(bfloat16, 256, 2, 8, softcap=50.0)
+    yield "D128 G2 float32", attend(float32, 128, 2)
 
 
-def attend(dtype: Any, dim: int, group: int, splits: int = 0) -> Callable[[], Any]:
+def attend(dtype: Any, dim: int, group: int, splits: int = 0, softcap: float | None = None) -> Callable[[], Any]:
     """A decode of 64 sequences when `splits` is given, else a prefill."""
     import torch
 
@@ -97,7 +99,7 @@ def attend(dtype: Any, dim: int, group: int, splits: int = 0) -> Callable[[], An
     cache = torch.empty(256, 16, heads.kv, dim, dtype=dtype, device="meta")
     single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
     at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles)
-    return lambda: attention.attend(q, (cache, cache), at, AttnSpec(heads, dim**-0.5))
+    return lambda: attention.attend(q, (cache, cache), at, AttnSpec(heads, dim**-0.5, None, softcap))
 
 
 def compile_all(chip: str, todo: Iterator[Launch], seconds: float = SECONDS) -> Iterator[Built]:
@@ -147,8 +149,8 @@ def usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def worker(chip: str, source: str = "aot", seconds: float = SECONDS) -> tuple[list[Built], str]:
-    """Compiles `source`.launches() in a process of its own: what was built, and why it ended early, if it did."""
+def worker(chip: str, source: str = "aot:launches", seconds: float = SECONDS) -> tuple[list[Built], str]:
+    """Compiles what `source` (module:function) gives in a process of its own: what was built, and why it ended early, if it did."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as cache:  # a cache of its own, so that every kernel is compiled
         done = subprocess.run(
@@ -163,7 +165,8 @@ def worker(chip: str, source: str = "aot", seconds: float = SECONDS) -> tuple[li
 
 
 def work(chip: str, source: str, seconds: str) -> None:
-    for built in compile_all(chip, import_module(source).launches(), float(seconds)):
+    module, name = source.split(":")
+    for built in compile_all(chip, getattr(import_module(module), name)(), float(seconds)):
         print(json.dumps(asdict(built)), flush=True)
 
 
