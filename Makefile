@@ -34,7 +34,7 @@ help:
 serve: .venv/served
 	$(BIN)/polyradix serve --model $(MODEL) --device cpu --host $(HOST) --port $(PORT) $(ARGS)
 
-test: checks tests-core tests tests-triton tests-tpu example
+test: checks tests-core tests tests-triton tests-tpu
 
 checks: .venv/tested
 	$(BIN)/ruff check .
