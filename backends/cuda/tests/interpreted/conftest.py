@@ -1,0 +1,110 @@
+"""A GPU made of torch on the CPU, Triton's interpreter, and graphs that run their step again. Its own process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("triton is imported already, without its interpreter: run this folder in a process of its own")
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.insert(0, str(Path(__file__).parents[3] / "torch/tests/triton"))
+
+import pytest
+import torch
+from exact_interpreter import install
+
+import polyradix_cuda.backend
+from polyradix_torch.triton.capture import Graphs
+
+
+class FakeGraph:
+    """What is recorded into it is the last step that a Recorded ran."""
+
+    last: Any = None
+
+    def __init__(self) -> None:
+        self.step: Any = None
+        self.out: Any = None
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.out.copy_(self.step())
+
+
+class Recorded(Graphs):
+    def __init__(self, step: Any, ops: Any, processors: int) -> None:
+        def recorded(*args: Any) -> Any:
+            out = step(*args)
+            FakeGraph.last = (lambda: step(*args)[0]), out[0]
+            return out
+
+        super().__init__(recorded, ops, processors)
+
+
+@contextmanager
+def record(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+    yield
+    graph.step, graph.out = FakeGraph.last
+    graph.out.fill_(float("nan"))  # capture computes nothing
+
+
+class FakeEvent:
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def exact():
+    """The interpreter as exact_interpreter.py patches it."""
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        yield
+
+
+@pytest.fixture
+def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What torch says of the GPU, to be changed by a test."""
+    says = SimpleNamespace(count=1, capability=(9, 0), available=True)
+    properties = SimpleNamespace(name="Fake GPU", multi_processor_count=4)
+    for name, value in {
+        "is_available": lambda: says.available,
+        "device_count": lambda: says.count,
+        "get_device_capability": lambda index: says.capability,
+        "get_device_properties": lambda device: properties,
+        "mem_get_info": lambda device: (1 << 30, 1 << 31),
+        "memory_reserved": lambda device: 1 << 20,
+        "memory_allocated": lambda device: 1 << 19,
+        "synchronize": lambda: None,
+        "CUDAGraph": FakeGraph,
+        "graph": record,
+        "Event": FakeEvent,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    monkeypatch.setattr(polyradix_cuda.backend, "Graphs", Recorded)
+    return says
+
+
+@pytest.fixture
+def make(gpu: SimpleNamespace):
+    """A backend on it: make(capture)."""
+
+    def backend(capture: bool = True) -> Any:
+        out = polyradix_cuda.backend.create(capture, 0)
+        out._device, out.device = torch.device("cpu"), "cpu"
+        return out
+
+    return backend

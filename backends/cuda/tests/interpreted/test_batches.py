@@ -1,0 +1,111 @@
+"""How a batch reaches the device: flat pages, tiles, one upload, and the static batch that graphs read."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from polyradix.backend.batch import HostBatch
+from polyradix.backend.protocol import AttnSpec, Heads, Limits
+from polyradix_conformance.inputs import Part, Ragged
+from polyradix_torch.triton.capture import FIELDS, StaticBatch, sizes, splits_for
+from polyradix_torch.triton.ops import TritonOps
+from polyradix_torch.triton.upload import flat_pages, tiles, upload
+
+CPU = torch.device("cpu")
+PAGE = 4
+RAGGED = Ragged((1, 4, 5, 23, 8), PAGE)
+MIXED = [Part(0, 0, 1), Part(1, 3, 4), Part(2, 0, 5), Part(3, 2, 23), Part(4, 6, 8)]
+DECODE = [Part(s, n - 1, n) for s, n in enumerate(RAGGED.lengths)]
+
+
+def page_list(batch: HostBatch) -> list[list[int]]:
+    return [row[: -(-n // PAGE)].tolist() for row, n in zip(batch.pages, batch.kv_len, strict=True)]
+
+
+@pytest.mark.parametrize("parts", [MIXED, DECODE, DECODE[3:]])
+def test_flat_pages(parts: list[Part]) -> None:
+    batch = RAGGED.batch(parts)
+    flat, starts = flat_pages(batch, PAGE)
+    assert flat.tolist() == list(itertools.chain(*page_list(batch)))
+    assert [flat[s] for s in starts] == [pages[0] for pages in page_list(batch)]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 64])
+def test_every_row_has_one_place(rows: int) -> None:
+    """In a tile, or alone in its sequence."""
+    batch = RAGGED.batch(MIXED)
+    meta, source = upload(batch, PAGE, rows, 3, CPU)
+    covered = [int(batch.cu_q[s]) for s in meta.paged.single]
+    for s, first in tiles(batch, rows):
+        start, stop = batch.cu_q[s], batch.cu_q[s + 1]
+        covered += range(start + first, min(start + first + rows, stop))
+    assert sorted(covered) == list(range(batch.num_tokens))
+    assert meta.paged.tiles.tolist() == tiles(batch, rows).tolist()
+    assert meta.paged.splits == 3
+    for name in ("tokens", "positions", "slots", "last"):
+        assert getattr(meta, name).tolist() == getattr(batch, name).tolist()
+    for name in ("cu_q", "kv_len"):
+        assert getattr(meta.paged, name).tolist() == getattr(batch, name).tolist()
+    assert source.tolist() == batch.from_prev.tolist()
+
+
+def test_static_batch_holds_the_batch_and_nothing_of_the_one_before() -> None:
+    static = StaticBatch(Limits(64, 8, 24), PAGE, CPU)
+    for parts in (DECODE, DECODE[1:3], DECODE[3:]):
+        batch = RAGGED.batch(parts)
+        static.load(batch)
+        n, given = batch.num_seqs, [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.kv_len]
+        flat = static.buffer[len(FIELDS) * static.most :]
+        for name, values in zip(FIELDS, given, strict=False):
+            assert static.fields[name][:n].tolist() == values.tolist(), name
+        for s, pages in enumerate(page_list(batch)):
+            start = int(static.fields["page_start"][s])
+            assert flat[start : start + len(pages)].tolist() == pages
+        padding = {name: set(x[n:].tolist()) for name, x in static.fields.items()}
+        (at,) = padding.pop("page_start")
+        assert padding == {"tokens": {0}, "positions": {0}, "slots": {0}, "from_prev": {-1}, "kv_len": {1}}
+        assert int(flat[at]) == 0
+
+
+def test_static_batch_has_room_for_the_largest() -> None:
+    limits = Limits(64, 3, 23)
+    ragged = Ragged((23, 23, 23), PAGE)
+    static = StaticBatch(limits, PAGE, CPU)
+    static.load(ragged.batch([Part(s, 22, 23) for s in range(3)]))
+    assert static.meta(3, 1).paged.pages[-2:].tolist() == [int(ragged.pages[2][-1]), 0]
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("splits", [1, 3])
+def test_padding_rows_do_no_harm(splits: int) -> None:
+    """They write to page 0 alone, and the other rows get the bits that they get without them."""
+    batch, heads, count = RAGGED.batch(DECODE), Heads(4, 2, 64), 8
+    static = StaticBatch(Limits(64, count, 24), PAGE, CPU)
+    static.load(batch)
+    random = torch.Generator().manual_seed(3)
+    kv = tuple(torch.randn(RAGGED.num_pages, PAGE, heads.kv, heads.dim, generator=random) for _ in "kv")
+    q, k, v = (torch.randn(count, n, heads.dim, generator=random) for n in (heads.q, heads.kv, heads.kv))
+    spec, kept, n = AttnSpec(heads, 0.125), [x.clone() for x in kv], batch.num_seqs
+    padded, _ = TritonOps().attend(q, k, v, kv, static.meta(count, splits), spec)
+    alone, _ = TritonOps().attend(q[:n], k[:n], v[:n], kept, upload(batch, PAGE, 64, splits, CPU)[0], spec)
+    assert torch.equal(padded[:n], alone)
+    for mine, other in zip(kv, kept, strict=True):
+        assert torch.equal(mine[1:], other[1:])
+        assert not torch.equal(mine[0], other[0])
+
+
+def test_sizes() -> None:
+    assert [sizes(n) for n in (1, 2, 3, 8, 20)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 16, 20]]
+    for most in range(1, 300):
+        ladder = sizes(most)
+        assert ladder[-1] == most
+        assert all(0 < b - a <= 8 for a, b in itertools.pairwise(ladder))
+
+
+def test_splits_keep_the_processors_busy() -> None:
+    assert [splits_for(n, 132) for n in (1, 8, 64, 264, 10**6)] == [32, 32, 4, 1, 1]
+    assert np.all([splits_for(n, 132) * n <= 2 * 132 for n in range(1, 265)])
