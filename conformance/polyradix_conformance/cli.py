@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polyradix_conformance import mustpass, report, waivers
+from polyradix_conformance.arguments import add_backend, seconds
 from polyradix_conformance.cases import Case, all_cases
 from polyradix_conformance.matrix import cli as matrix
 from polyradix_conformance.perf import cli as perf
@@ -145,13 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     run = command("run", _run, "run the cases of a profile on a backend")
-    run.add_argument("--backend", required=True, help="entry-point name in polyradix.backends")
-    run.add_argument("--emulate", action="store_true", help="allow a backend to run without its hardware")
-    run.add_argument(
-        "--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="an option of the backend"
-    )
+    add_backend(run)
     run.add_argument("-o", "--output", type=Path, help="write the report as JSON")
-    run.add_argument("--timeout", type=_seconds, default=120.0, metavar="S", help="seconds that a case has (120)")
+    run.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds that a case has (120)")
     run.add_argument("--waivers", type=Path, metavar="FILE", help="known failures, as TOML")
     run.add_argument("-v", "--verbose", action="store_true", help="print every case")
     for each in (run, command("list", _list, "print the ids of the cases of a profile")):
@@ -172,16 +168,6 @@ def _option(text: str) -> tuple[str, str | int]:
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return key, int(value) if value.isdecimal() else value
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return value
 
 
 if __name__ == "__main__":

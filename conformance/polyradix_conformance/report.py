@@ -1,5 +1,5 @@
-"""The report of a run: made, sealed with a digest, written whole or not at all, and read back. Its schema is
-schema/report-1.json. Knows no backend.
+"""The report of a run: made, sealed with a digest, written whole or not at all, and read back; the file of `conform
+perf` likewise. Their schemas are in schema/. Knows no backend.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from polyradix_conformance.supervisor import Claims, Job
     from polyradix_conformance.waivers import Waiver
 
-SCHEMA = "polyradix-conformance-report-1"
+SCHEMA, PERF = "polyradix-conformance-report-1", "polyradix-conformance-perf-1"
 
 Report = dict[str, Any]
 
@@ -75,9 +75,7 @@ def build(
     entries = [entry(c, r) for c, r in zip(cases, results, strict=True)]
     return seal(
         {
-            "schema": SCHEMA,
-            "suite": version("polyradix-conformance"),
-            "protocol": list(PROTOCOL_VERSION),
+            **head(SCHEMA, now),
             "profile": profile,
             "mustpass": mustpass.name(profile),
             "partial": partial,
@@ -88,12 +86,21 @@ def build(
             "notes": claims.notes,
             "caps": claims.caps,
             "machine": machine(job.backend),
-            "date": now.isoformat(timespec="seconds"),
             "seconds": round(seconds, 3),
             "counts": dict(Counter(e["status"] for e in entries)),
             "cases": entries,
         }
     )
+
+
+def head(schema: str, now: datetime) -> Report:
+    """What every file begins with; `now` in UTC."""
+    return {
+        "schema": schema,
+        "suite": version("polyradix-conformance"),
+        "protocol": list(PROTOCOL_VERSION),
+        "date": now.isoformat(timespec="seconds"),
+    }
 
 
 def today() -> date:
@@ -142,13 +149,13 @@ def write(report: Report, path: Path) -> None:
         raise
 
 
-def load(path: Path) -> Report:
-    """A report whose schema and digest are right. Raises ReportError."""
+def load(path: Path, schemas: Sequence[str] = (SCHEMA,)) -> Report:
+    """A file of one of `schemas`, whose content and digest are right. Raises ReportError."""
     report = _read(path)
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
-        found = report.get("schema") if isinstance(report, dict) else type(report).__name__
-        raise ReportError(f"schema is {found!r}; expected {SCHEMA!r}")
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(report))
+    found = report.get("schema") if isinstance(report, dict) else type(report).__name__
+    if not isinstance(report, dict) or found not in schemas:
+        raise ReportError(f"schema is {found!r}; expected {' or '.join(map(repr, schemas))}")
+    error = jsonschema.exceptions.best_match(_validator(found).iter_errors(report))
     if error is not None:
         raise ReportError(f"{error.json_path.removeprefix('$.')}: {error.message[:200]}")
     if report["digest"] != _digest(report):
@@ -193,6 +200,7 @@ def _finite(text: str) -> float:
 
 
 @cache
-def _validator() -> Any:
-    schema = json.loads((Path(__file__).parent / "schema" / "report-1.json").read_text())
+def _validator(schema_name: str) -> Any:
+    name = schema_name.removeprefix("polyradix-conformance-")
+    schema = json.loads((Path(__file__).parent / "schema" / f"{name}.json").read_text())
     return jsonschema.Draft202012Validator(schema)

@@ -15,7 +15,7 @@ from polyradix.backend import null, numpy
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.protocol import Heads
-from polyradix_conformance import oracle, perf
+from polyradix_conformance import oracle, report
 from polyradix_conformance.cli import main
 from polyradix_conformance.oracle import EXACT, SampleRow, emulated
 from polyradix_conformance.perf import cli, cost, output, roofline, truth
@@ -255,7 +255,7 @@ def run_perf(tmp_path: Path, *args: str) -> tuple[int, dict[str, Any]]:
 def test_command_writes_a_table_and_a_sealed_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, made = run_perf(tmp_path, "--only", "norm")
     assert code == 0
-    schema = json.loads((Path(perf.__file__).parent / "perf-1.json").read_text())
+    schema = json.loads((Path(report.__file__).parent / "schema" / "perf-1.json").read_text())
     jsonschema.Draft202012Validator(schema).validate(made)
     assert made["digest"] == seal(made)["digest"]
     assert made["partial"]

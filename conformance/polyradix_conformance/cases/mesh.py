@@ -186,23 +186,13 @@ def attend(rig: Rig, plan: Literal["decode", "mixed"]) -> None:
     flow.check(f"attend {plan}", getattr(flow.ragged, plan)())
 
 
-def canonical(flow: Flow, parts: list[Part]) -> Arr:
-    """All pages of the first layer after `parts` were written into poisoned ones, in the export form."""
-    out = poison(flow.spec, flow.ragged.num_pages)[:, :1]
-    slots = np.concatenate([flow.ragged.slots(p) for p in parts])
-    rows = flow.x[np.concatenate([flow.ragged.ids(p) for p in parts])].reshape(len(slots), -1, GQA.dim)
-    for i, heads in enumerate(np.split(rows[:, GQA.q :], 2, axis=1)):
-        out[i, 0, slots // flow.ragged.page, slots % flow.ragged.page] = heads.astype(out.dtype)
-    return out
-
-
 def exported(rig: Rig) -> None:
     """The canonical form does not know how many ranks there are."""
     flow = flow_of(rig)
     for parts in flow.ragged.chunked():
         flow.step(parts)
     pages = list(range(1, flow.ragged.num_pages))
-    same("the export", flow.export(pages)[:, :1], canonical(flow, flow.ragged.whole()[0])[:, :, 1:])
+    same("the export", flow.export(pages)[:, :1], flow.contents(flow.ragged.whole()[0])[:, :, 1:])
 
 
 def imported(rig: Rig) -> None:
@@ -210,7 +200,7 @@ def imported(rig: Rig) -> None:
     flow = flow_of(rig, seed=1)
     head, tail = flow.ragged.decode()
     data = poison(flow.spec, flow.ragged.num_pages)
-    data[:, :1] = canonical(flow, head)
+    data[:, :1] = flow.contents(head)
     flow.kv = rig.backend.import_pages(flow.kv, range(flow.ragged.num_pages), data)
     flow.check("decoding from imported pages", [tail])
 

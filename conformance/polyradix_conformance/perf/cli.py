@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from polyradix.backend.registry import DeviceError, open_backend
 from polyradix_conformance import report
+from polyradix_conformance.arguments import add_backend, positive
 from polyradix_conformance.perf import output, roofline
 from polyradix_conformance.perf.cases import SIZES, PerfCase, cases
 from polyradix_conformance.perf.measure import Measured, measure
@@ -21,15 +21,13 @@ def add_parser(subparsers: Any) -> None:
     """Adds `perf`, whose func returns 0: every output was right, 1: not, or none was, 2: it could not be run."""
     parser = subparsers.add_parser("perf", help=TEXT, description=TEXT)
     parser.set_defaults(func=run)
-    parser.add_argument("--backend", required=True, help="entry-point name in polyradix.backends")
-    parser.add_argument("--emulate", action="store_true", help="allow a backend to run without its hardware")
-    parser.add_argument("--option", action="append", default=[], type=_option, metavar="KEY=VALUE")
+    add_backend(parser)
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their id, and the probes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--size", default="serving", choices=tuple(SIZES))
-    parser.add_argument("--peak-bandwidth", type=_positive, metavar="GB/s", help="instead of the read probes")
-    parser.add_argument("--peak-flops", type=_positive, metavar="GFLOP/s", help="instead of the compute probe")
-    parser.add_argument("--seconds", type=_positive, default=1.0, metavar="S", help="of timing for each case (1)")
+    parser.add_argument("--peak-bandwidth", type=positive, metavar="GB/s", help="instead of the read probes")
+    parser.add_argument("--peak-flops", type=positive, metavar="GFLOP/s", help="instead of the compute probe")
+    parser.add_argument("--seconds", type=positive, default=1.0, metavar="S", help="of timing for each case (1)")
     parser.add_argument("-o", "--output", type=Path, metavar="perf.json")
 
 
@@ -78,20 +76,3 @@ def _shown(m: Measured) -> Measured:
 def _refuse(reason: str) -> int:
     print(f"conform: {reason}", file=sys.stderr)
     return 2
-
-
-def _option(text: str) -> tuple[str, str | int]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, int(value) if value.isdecimal() else value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value

@@ -1,19 +1,15 @@
-"""The table and the JSON of a run; the schema is perf-1.json."""
+"""The table and the JSON of a run; the schema is schema/perf-1.json."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from polyradix.backend.capabilities import Capabilities
-from polyradix.backend.protocol import PROTOCOL_VERSION
 from polyradix_conformance.perf.measure import Measured
 from polyradix_conformance.perf.roofline import Ceilings
-from polyradix_conformance.report import seal
-
-SCHEMA = "polyradix-conformance-perf-1"
+from polyradix_conformance.report import PERF, head, seal
 
 
 def entry(m: Measured, ceilings: Ceilings) -> dict[str, Any]:
@@ -39,14 +35,11 @@ def build(
     """A sealed file. `partial`: not every case, or not at serving shapes."""
     return seal(
         {
-            "schema": SCHEMA,
-            "suite": version("polyradix-conformance"),
-            "protocol": list(PROTOCOL_VERSION),
+            **head(PERF, datetime.now(UTC)),
             "backend": backend,
             "options": options,
             "emulated": caps.emulated,
             "device": caps.device,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "size": size,
             "partial": partial,
             "ceilings": {

@@ -1,0 +1,41 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Which backend, and with which options of its `create`."""
+    parser.add_argument("--backend", required=True, help="entry-point name in polyradix.backends")
+    parser.add_argument("--emulate", action="store_true", help="allow a backend to run without its hardware")
+    parser.add_argument(
+        "--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="an option of the backend"
+    )
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def seconds(text: str) -> float:
+    """As `positive`, and says of what."""
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(f"{e} of seconds") from None
+
+
+def _option(text: str) -> tuple[str, str | int]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
