@@ -52,17 +52,8 @@ class TorchMeta:
 Attend = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor], TorchMeta, AttnSpec], torch.Tensor]
 
 
-class TorchOps(Expansions):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place.
-
-    `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D].
-    """
-
-    def __init__(self, read: Attend | None = None) -> None:
-        self._read = read or attend_tiles
-
-    def embed(self, w: torch.Tensor, m: TorchMeta) -> torch.Tensor:
-        return w[m.tokens]
+class Products(Expansions):
+    """The verbs that are torch's on any device, whatever a batch looks like there."""
 
     def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
         return w(x).to(x.dtype)
@@ -76,6 +67,19 @@ class TorchOps(Expansions):
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x + y).to(x.dtype)
+
+
+class TorchOps(Products):
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place.
+
+    `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D].
+    """
+
+    def __init__(self, read: Attend | None = None) -> None:
+        self._read = read or attend_tiles
+
+    def embed(self, w: torch.Tensor, m: TorchMeta) -> torch.Tensor:
+        return w[m.tokens]
 
     def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from polyradix.backend.protocol import AttnSpec
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 ROWS = 16  # the least rows of a matrix product; a kv head's query heads are padded up to it
 
 
@@ -37,8 +37,31 @@ def _scores(q, k, scale, cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
     """In units of log2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if CAP:
-        s = cap * (2.0 / (1.0 + tl.exp2(-2.0 * 1.4426950408889634 * s / cap)) - 1.0)
-    return s * 1.4426950408889634
+        s = cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E) / cap)) - 1.0)
+    return s * LOG2E
+
+
+@triton.jit
+def _read(
+    keys, values, mine, at, known, h, HK, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr
+):  # fmt: skip
+    """Keys and values [BLOCK,DP] of head h at positions `at`, zeros where not `known`."""
+    d = tl.arange(0, DP)
+    page = tl.load(mine + at // PAGE, mask=known, other=0).to(tl.int64)
+    row = ((page * PAGE + at % PAGE) * HK + h) * D
+    inside = known[:, None] & (d < D)[None, :]
+    k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
+    return k, tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _add(acc, total, top, score, v, PRECISION: tl.constexpr):
+    """One block of keys added to the running sums, maximum included."""
+    new = tl.maximum(top, tl.max(score, 1))
+    fix = tl.exp2(top - new)
+    p = tl.exp2(score - new[:, None])
+    total = total * fix + tl.sum(p, 1)
+    return acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION), total, new
 
 
 @triton.jit
@@ -55,7 +78,7 @@ def _decode(
     share = tl.cdiv(tl.cdiv(n - first, SPLITS), BLOCK) * BLOCK
     begin = first + split * share
     end = tl.minimum(begin + share, n)
-    g, d, j = tl.arange(0, GP), tl.arange(0, DP), tl.arange(0, BLOCK)
+    g, d = tl.arange(0, GP), tl.arange(0, DP)
     rows = (g < G)[:, None] & (d < D)[None, :]
     query = tl.load(q + token * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
@@ -63,20 +86,10 @@ def _decode(
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
     for start in range(begin, end, BLOCK):
-        at = start + j
-        seen = at < end
-        page = tl.load(mine + at // PAGE, mask=seen, other=0).to(tl.int64)
-        row = ((page * PAGE + at % PAGE) * HK + h) * D
-        inside = seen[:, None] & (d < D)[None, :]
-        k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
-        v = tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
-        score = tl.where(seen[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        fix = tl.exp2(top - new)
-        p = tl.exp2(score - new[:, None])
-        total = total * fix + tl.sum(p, 1)
-        acc = acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new
+        at = start + tl.arange(0, BLOCK)
+        k, v = _read(keys, values, mine, at, at < end, h, HK, D, DP, PAGE)
+        score = tl.where((at < end)[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
+        acc, total, top = _add(acc, total, top, score, v, PRECISION)
     if SPLITS == 1:
         result = acc / total[:, None]
         head = token * HK * G + h * G + g
@@ -142,25 +155,14 @@ def _blocks(
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d, j = tl.arange(0, DP), tl.arange(0, BLOCK)
     for start in range(begin, end, BLOCK):
-        at = start + j
-        known = at < n
-        page = tl.load(mine + at // PAGE, mask=known, other=0).to(tl.int64)
-        row = ((page * PAGE + at % PAGE) * HK + h) * D
-        inside = known[:, None] & (d < D)[None, :]
-        k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
-        v = tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+        at = start + tl.arange(0, BLOCK)
+        k, v = _read(keys, values, mine, at, at < n, h, HK, D, DP, PAGE)
         score = _scores(query, k, scale, cap, CAP, PRECISION)
         if MASKED:
             seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
             score = tl.where(seen, score, -float("inf"))
-        new = tl.maximum(top, tl.max(score, 1))
-        fix = tl.exp2(top - new)
-        p = tl.exp2(score - new[:, None])
-        total = total * fix + tl.sum(p, 1)
-        acc = acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = new
+        acc, total, top = _add(acc, total, top, score, v, PRECISION)
     return acc, total, top
 
 

@@ -39,6 +39,7 @@ class StaticBatch:
         self.buffer = torch.zeros(len(FIELDS) * most + room, dtype=torch.int32, device=device)
         self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
         self.rows = torch.arange(most + 1, dtype=torch.int32, device=device)
+        self.sizes = sizes(most)
 
     def load(self, batch: HostBatch) -> None:
         """One copy. Padding rows have one key, on page 0, which ends the list of pages."""
@@ -75,7 +76,7 @@ class Graphs:
         bound = params, kv, static
         if not self._bound or any(a is not b for a, b in zip(self._bound, bound, strict=True)):
             self._bound, self._made, self._pool = bound, {}, None
-        size = next(n for n in sizes(static.most) if n >= seqs)
+        size = next(n for n in static.sizes if n >= seqs)
         if size not in self._made:
             self._made[size] = self._capture(params, kv, static, size)
         graph, logits, _ = self._made[size]
@@ -83,9 +84,8 @@ class Graphs:
         return logits[:seqs]
 
     def _capture(self, params: Params, kv: Any, static: StaticBatch, size: int) -> tuple[Any, Array, GpuMeta]:
-        meta = static.meta(
-            size, splits_for(size * kv[0][0].shape[2], self._processors)
-        )  # lives as long as the graph, which reads its tensors
+        splits = splits_for(size * kv[0][0].shape[2], self._processors)
+        meta = static.meta(size, splits)  # lives as long as the graph, which reads its tensors
         self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

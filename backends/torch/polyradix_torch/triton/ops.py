@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads
-from polyradix_torch.ops import Linear
+from polyradix.backend.protocol import AttnSpec
+from polyradix_torch.ops import Linear, Products
 from polyradix_torch.triton import attention, rows
 from polyradix_torch.triton.attention import Paged
 
@@ -27,24 +26,11 @@ class GpuMeta:
     paged: Paged
 
 
-class TritonOps(Expansions):
+class TritonOps(Products):
     """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place."""
 
     def embed(self, w: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return F.embedding(m.tokens, w)
-
-    def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
-        return w(x)
-
-    def linear_reduce(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
-        return w(x)
-
-    def qkv(self, x: torch.Tensor, w: Linear, heads: Heads) -> tuple[torch.Tensor, ...]:
-        parts = w(x).view(len(x), heads.q + 2 * heads.kv, heads.dim)
-        return tuple(parts.split([heads.q, heads.kv, heads.kv], dim=1))
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return x + y
 
     def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
         return rows.rms_norm(x, w, eps)
