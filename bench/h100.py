@@ -71,7 +71,7 @@ WORKS = (
 def run(core: EngineCore, prompts: list[np.ndarray], output: int) -> dict[str, float]:
     """Seconds from submission to the last token, and of the engine's own work per step."""
     params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    before = json.loads(json.dumps({"steps": core.stats().steps, "host": core.stats().host_seconds}))
+    steps, host = core.stats().steps, core.stats().host_seconds
     start = time.perf_counter()
     for i, prompt in enumerate(prompts):
         core.submit(f"{start}-{i}", prompt, params)
@@ -80,9 +80,8 @@ def run(core: EngineCore, prompts: list[np.ndarray], output: int) -> dict[str, f
         count += sum(len(chunk.tokens) for chunk in core.step())
     seconds = time.perf_counter() - start
     assert count == len(prompts) * output, f"{count} tokens came; expected {len(prompts) * output}"
-    steps = core.stats().steps - before["steps"]
-    host = 1000 * (core.stats().host_seconds - before["host"]) / steps
-    return {"seconds": seconds, "steps": steps, "host_ms_per_step": host}
+    steps, host = core.stats().steps - steps, core.stats().host_seconds - host
+    return {"seconds": seconds, "steps": steps, "host_ms_per_step": 1000 * host / steps}
 
 
 def main() -> None:
@@ -106,11 +105,10 @@ def main() -> None:
     report: dict[str, Any] = {}
     for work in (w for w in WORKS if not args.only or w.name in args.only.split(",")):
         results = []
-        for i in range(args.runs + 1):
+        for _ in range(args.runs + 1):
             core.flush_cache()
             results.append(run(core, work.prompts(rng), work.output))
-            if i == 0:
-                results.clear()
+        results = results[1:]  # the first is the warm-up
         seconds = statistics.median(r["seconds"] for r in results)
         speed = work.tokens / seconds
         report[work.name] = {"tok_s": speed, "runs": results}
