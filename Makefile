@@ -62,7 +62,7 @@ tests: .venv/tested
 
 # Triton's interpreter is chosen when triton is imported, hence a process of its own.
 tests-triton: .venv/tested
-	$(call pytest,$(BIN)) backends/torch/tests/triton
+	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted
 
 tests-tpu: export XLA_FLAGS := --xla_backend_optimization_level=0
 tests-tpu: .venv-tpu/tested
