@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -77,12 +77,11 @@ class NativeBackend(TorchBackend):
         return native.kv_page_bytes(spec)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        self._check_claimed(spec)
+        check_claimed(spec, self.caps)
         return native.alloc_kv(spec, pages)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
-        if prev is None and (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
+        batch.check_prev(prev)
         return native.NativeMeta(batch, prev)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:

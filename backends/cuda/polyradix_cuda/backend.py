@@ -22,7 +22,7 @@ from polyradix.backend.protocol import (
     Step,
 )
 from polyradix_torch.backend import TorchBackend
-from polyradix_torch.host import to_numpy
+from polyradix_torch.host import to_numpy, torch_dtype
 from polyradix_torch.sample import sample
 from polyradix_torch.triton.attention import tile_rows
 from polyradix_torch.triton.capture import Graphs, StaticBatch
@@ -90,12 +90,11 @@ class CudaBackend(TorchBackend):
         return Memory(free=free + kept, total=total)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        self._page, self._dim = spec.page_size, (spec.head_dim, 2 if spec.dtype == "bfloat16" else 4)
+        self._page, self._dim = spec.page_size, (spec.head_dim, torch_dtype(spec.dtype).itemsize)
         return super().alloc_kv(spec, pages)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
-        if prev is None and (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
+        batch.check_prev(prev)
         if self._capture and self._limits is not None and batch.num_tokens == batch.num_seqs <= self._limits.max_seqs:
             return self._load(batch, self._limits, prev)
         meta, source = upload(batch, self._page, tile_rows(*self._dim), 4, self._device)

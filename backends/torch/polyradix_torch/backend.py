@@ -11,7 +11,7 @@ import torch
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import Capabilities, Needs, Unsupported, validate
+from polyradix.backend.capabilities import Capabilities, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -33,8 +33,6 @@ from polyradix.backend.protocol import (
 from polyradix.backend.sampling import sample_host
 from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
 from polyradix_torch.ops import Linear, TorchMeta
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class TorchBackend(ABC):
@@ -59,16 +57,11 @@ class TorchBackend(ABC):
         return weight.float() if spec.kind == "norm" else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        return 2 * spec.layers * spec.page_size * spec.kv_heads * spec.head_dim * DTYPE_BYTES[spec.dtype]
-
-    def _check_claimed(self, spec: KVSpec) -> None:
-        """Raises Unsupported for a cache that the capabilities do not claim."""
-        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
-        if reasons:
-            raise Unsupported("KV cache", "; ".join(map(str, reasons)))
+        per_layer = 2 * spec.page_size * spec.kv_heads * spec.head_dim
+        return per_layer * spec.layers * int(torch_dtype(spec.dtype).itemsize)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        self._check_claimed(spec)
+        check_claimed(spec, self.caps)
         shape = (pages, spec.page_size, spec.kv_heads, spec.head_dim)
         dtype = torch_dtype(spec.dtype)
         return [tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv") for _ in range(spec.layers)]
@@ -76,11 +69,10 @@ class TorchBackend(ABC):
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         with torch.inference_mode():
             tokens = self._index(batch.tokens)
+            batch.check_prev(prev)
             if prev is not None:
                 source = self._index(batch.from_prev)
                 tokens = torch.where(source >= 0, prev[source.clamp(min=0)].long(), tokens)
-            elif (batch.from_prev >= 0).any():
-                raise ValueError("from_prev names rows of the previous samples, but prev is None")
             return TorchMeta(
                 tokens=tokens,
                 positions=self._index(batch.positions),

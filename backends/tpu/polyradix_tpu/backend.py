@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
+    HOST_DTYPES,
     KV,
     Array,
     Collectives,
@@ -44,7 +44,6 @@ from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, make_mesh, place
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
 
-DTYPES: dict[str, Any] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LANES = 128  # a TPU stores the last axis in multiples of this
 
 
@@ -62,7 +61,7 @@ class Prepared:
 
     vector: jax.Array
     shape: Shape
-    count: tuple[int, int, int]  # tokens, sequences, tokens of the longest sequence
+    sizes: tuple[int, int, int]  # of the HostBatch
 
 
 class TPUBackend:
@@ -84,7 +83,7 @@ class TPUBackend:
         self.caps = Capabilities(
             name="tpu",
             device=f"{self._device.device_kind} ({self._device.platform}), JAX {jax.__version__}",
-            dtypes=frozenset(DTYPES),
+            dtypes=frozenset(HOST_DTYPES),
             page_sizes=(16, 32, 64, 128, 8),
             max_head_dim=256,
             head_dim_multiple=2,
@@ -113,7 +112,7 @@ class TPUBackend:
         if value.shape != spec.shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {spec.shape}")
         if spec.kind == "logits" and self._device.platform == "cpu":
-            dtype = DTYPES["float32"]  # XLA's bfloat16 product on CPUs sums too loosely for float32 logits
+            dtype = HOST_DTYPES["float32"]  # XLA's bfloat16 product on CPUs sums too loosely for float32 logits
         return place(self._mesh, spec, value.astype(dtype), None if bias is None else bias.astype(dtype))
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
@@ -123,22 +122,19 @@ class TPUBackend:
         return int(2 * spec.layers * spec.page_size * heads * dim * _dtype(spec.dtype, "KV").itemsize)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
-        if reasons:
-            raise Unsupported("KV", "; ".join(map(str, reasons)))
+        check_claimed(spec, self.caps)
         check_kv(spec, self._mesh.size)
         shape = (pages, spec.page_size, 2 * spec.kv_heads, spec.head_dim)
         where = NamedSharding(self._mesh, HEADS)
-        return [jnp.zeros(shape, DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
+        return [jnp.zeros(shape, HOST_DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
-        if prev is None and (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
+        batch.check_prev(prev)
         shape = self._ladder.shape(batch)
         vector = jax.device_put(pack(batch, shape), self._everywhere)
         if prev is not None:
             vector = _link(vector, prev.array, shape.tokens)
-        return Prepared(vector, shape, (batch.num_tokens, batch.num_seqs, int(batch.kv_len.max(initial=0))))
+        return Prepared(vector, shape, batch.sizes)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         program = jit_step(step, self.ops, self._mesh)
@@ -146,13 +142,13 @@ class TPUBackend:
 
         def run(params: Params, kv: KV, meta: Prepared) -> tuple[Array, KV]:
             nonlocal cold
-            _check_limits(meta, limits)
+            limits.check(meta.sizes)
             tree = (params.top, params.layers)
             if cold:
                 self._compile_all(program, tree, kv, limits)
                 cold = False
             logits, kv = program(tree, kv, meta.vector, meta.shape)
-            return Rows(logits, meta.count[1]), kv
+            return Rows(logits, meta.sizes[1]), kv
 
         return run
 
@@ -214,17 +210,9 @@ def _free(m: Memory) -> int:
 
 
 def _dtype(name: str, what: str) -> np.dtype[Any]:
-    if name not in DTYPES:
-        raise Unsupported(name, f"{what}; expected one of {sorted(DTYPES)}")
-    found: np.dtype[Any] = DTYPES[name]
-    return found
-
-
-def _check_limits(meta: Prepared, limits: Limits) -> None:
-    names, most = ("num_tokens", "num_seqs", "kv_len"), (limits.max_tokens, limits.max_seqs, limits.max_context)
-    for name, value, limit in zip(names, meta.count, most, strict=True):
-        if value > limit:
-            raise ValueError(f"batch has {name} {value}; expected at most {limit}, the limit given to compile")
+    if name not in HOST_DTYPES:
+        raise Unsupported(name, f"{what}; expected one of {sorted(HOST_DTYPES)}")
+    return HOST_DTYPES[name]
 
 
 @partial(jax.jit, static_argnums=2)

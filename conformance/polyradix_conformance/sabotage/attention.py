@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.numpy.backend import DTYPES, NumpyBackend
+from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import NumpyMeta, NumpyOps
-from polyradix.backend.protocol import Array, AttnSpec
+from polyradix.backend.protocol import HOST_DTYPES, Array, AttnSpec
 from polyradix_conformance.sabotage import sabotage
 
 
@@ -236,7 +236,7 @@ class NarrowScores(NumpyOps):
     def _attend_row(self, q: Any, keys: Any, values: Any, position: int, a: AttnSpec) -> Any:
         k, v = (np.repeat(x[: position + 1], a.heads.q // a.heads.kv, axis=1) for x in (keys, values))
         score = np.einsum("hd,lhd->hl", q.astype(np.float32), k) * a.scale
-        p = np.exp((score - score.max(axis=1, keepdims=True)).astype(DTYPES["bfloat16"]).astype(np.float32))
+        p = np.exp((score - score.max(axis=1, keepdims=True)).astype(HOST_DTYPES["bfloat16"]).astype(np.float32))
         return np.einsum("hl,lhd->hd", p / p.sum(axis=1, keepdims=True), v)
 
 
@@ -245,7 +245,7 @@ class NarrowCache(NumpyOps):
     """The cache of a float32 model holds bfloat16."""
 
     def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
-        k, v = (x.astype(DTYPES["bfloat16"]).astype(x.dtype) for x in (k, v))
+        k, v = (x.astype(HOST_DTYPES["bfloat16"]).astype(x.dtype) for x in (k, v))
         return super().attend(q, k, v, kv, m, a)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from polyradix.backend.batch import SampleBatch
-from polyradix.backend.numpy.backend import DTYPES, NumpyBackend
+from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import Arr
-from polyradix.backend.protocol import Array, LogProbs
+from polyradix.backend.protocol import HOST_DTYPES, Array, LogProbs
 from polyradix_conformance.sabotage import sabotage
 
 
@@ -240,4 +240,4 @@ class LogprobsNarrow(NumpyBackend):
 
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs:
         got = super().logprobs(logits, tokens, top)
-        return replace(got, values=got.values.astype(DTYPES["bfloat16"]).astype(np.float32))
+        return replace(got, values=got.values.astype(HOST_DTYPES["bfloat16"]).astype(np.float32))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.numpy.backend import DTYPES, NumpyBackend
+from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import NumpyMeta, NumpyOps
-from polyradix.backend.protocol import KV, Array, Compiled, HostArray, KVSpec, Limits, Step
+from polyradix.backend.protocol import HOST_DTYPES, KV, Array, Compiled, HostArray, KVSpec, Limits, Step
 from polyradix_conformance.sabotage import sabotage
 
 
@@ -128,7 +128,7 @@ class NothingRounded(NumpyBackend):
         self.ops = NumpyOps(self._wide, self._store)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        self._dtype = DTYPES[spec.dtype]
+        self._dtype = HOST_DTYPES[spec.dtype]
         return super().alloc_kv(spec, pages)
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:

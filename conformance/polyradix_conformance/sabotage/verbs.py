@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from polyradix.backend.numpy.backend import DTYPES
 from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
-from polyradix.backend.protocol import Heads
+from polyradix.backend.protocol import HOST_DTYPES, Heads
 from polyradix_conformance.sabotage import sabotage
 from polyradix_conformance.sabotage.attention import changed
 
@@ -133,7 +132,7 @@ class NormNarrow(NumpyOps):
 
     def rms_norm(self, x: Arr, w: Packed, eps: float) -> Any:
         f = x.astype(np.float32)
-        squares = np.cumsum((f * f).astype(DTYPES["bfloat16"]), axis=-1)[..., -1:].astype(np.float32)
+        squares = np.cumsum((f * f).astype(HOST_DTYPES["bfloat16"]), axis=-1)[..., -1:].astype(np.float32)
         return (f / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(eps)) * w.value).astype(x.dtype)
 
 
@@ -194,7 +193,7 @@ class LogitsNarrow(NumpyOps):
     """Logits are rounded to bfloat16."""
 
     def logits(self, x: Arr, w: Packed) -> Arr:
-        return super().logits(x, w).astype(DTYPES["bfloat16"]).astype(np.float32)
+        return super().logits(x, w).astype(HOST_DTYPES["bfloat16"]).astype(np.float32)
 
 
 @sabotage("L1/linear/normal/float32")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,16 @@ class HostBatch:
     @property
     def num_seqs(self) -> int:
         return len(self.kv_len)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Tokens, sequences, and the most keys that a sequence has."""
+        return self.num_tokens, self.num_seqs, int(self.kv_len.max(initial=0))
+
+    def check_prev(self, prev: Any) -> None:
+        """Raises ValueError if tokens are to be taken from previous samples, and there are none."""
+        if prev is None and (self.from_prev >= 0).any():
+            raise ValueError("from_prev names rows of the previous samples, but prev is None")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from polyradix.backend.protocol import KVSpec
 
 
 class Unsupported(NotImplementedError):
@@ -72,6 +76,13 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
     if page_size is not None and page_size not in caps.page_sizes:
         out.append(Reason(f"page size {page_size}", _join(map(str, caps.page_sizes))))
     return out
+
+
+def check_claimed(spec: KVSpec, caps: Capabilities) -> None:
+    """Raises Unsupported for a cache that `caps` does not claim."""
+    reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), caps, spec.page_size)
+    if reasons:
+        raise Unsupported("KV", "; ".join(map(str, reasons)))
 
 
 def _join(names: Iterable[str]) -> str:

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from polyradix.backend.alone import Alone
@@ -20,6 +19,7 @@ from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import Launcher
 from polyradix.backend.protocol import (
+    HOST_DTYPES,
     KV,
     Array,
     AttnSpec,
@@ -42,8 +42,6 @@ from polyradix.backend.protocol import (
     Weight,
 )
 from polyradix.backend.sampling import mix
-
-DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class NullBackend:
         self.caps = Capabilities(
             name="null",
             device="none, computes nothing",
-            dtypes=frozenset(DTYPES),
+            dtypes=frozenset(HOST_DTYPES),
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
             features=FEATURES - {"mask"},
@@ -125,7 +123,7 @@ class NullBackend:
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         per_token = 2 * spec.layers * spec.kv_heads * spec.head_dim
-        return per_token * spec.page_size * int(np.dtype(DTYPES[spec.dtype]).itemsize)
+        return per_token * spec.page_size * HOST_DTYPES[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         return NullKV(spec, pages)
@@ -153,7 +151,7 @@ class NullBackend:
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         s = kv.spec
         shape = (2, s.layers, len(pages), s.page_size, s.kv_heads, s.head_dim)
-        return self._launch.future(np.zeros, shape, DTYPES[s.dtype])
+        return self._launch.future(np.zeros, shape, HOST_DTYPES[s.dtype])
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
         return kv

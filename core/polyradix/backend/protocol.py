@@ -27,6 +27,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 from polyradix.backend.batch import HostBatch, SampleBatch
@@ -41,6 +42,7 @@ Meta: TypeAlias = Any  # one prepared batch
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DType = Literal["float32", "bfloat16"]
+HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits"]
 
 
@@ -96,6 +98,13 @@ class Limits:
     max_tokens: int
     max_seqs: int
     max_context: int  # tokens of one sequence, prompt and output together
+
+    def check(self, sizes: tuple[int, int, int]) -> None:
+        """Raises ValueError for a batch of HostBatch.sizes beyond these."""
+        names, most = ("num_tokens", "num_seqs", "kv_len"), (self.max_tokens, self.max_seqs, self.max_context)
+        for name, size, limit in zip(names, sizes, most, strict=True):
+            if size > limit:
+                raise ValueError(f"batch has {name} {size}; expected at most {limit}, the limit given to compile")
 
 
 @dataclass(frozen=True)

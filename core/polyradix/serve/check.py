@@ -6,12 +6,11 @@ import math
 from typing import Literal
 
 from polyradix.backend.capabilities import validate
+from polyradix.backend.protocol import HOST_DTYPES
 from polyradix.backend.registry import discover, open_backend
 from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.graph.dense import tensor_shapes
 from polyradix.graph.spec import ModelSpec
-
-_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 def check(
@@ -37,7 +36,7 @@ def check(
     missing = sorted(shapes.keys() - checkpoint.names)
     if missing:
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    weights = sum(math.prod(shape) for shape in shapes.values()) * _BYTES[chosen] // tp
+    weights = sum(math.prod(shape) for shape in shapes.values()) * HOST_DTYPES[chosen].itemsize // tp
     page_size = page_size or caps.page_sizes[0]
     page = backend.kv_page_bytes(spec.kv_spec(page_size, chosen)) if not reasons else 0
     memory = backend.memory()

@@ -13,21 +13,6 @@ from polyradix import __version__
 from polyradix.engine.config import EngineConfig
 from polyradix.serve.client import set_up_logging
 
-_ENGINE = (
-    *(
-        "model",
-        "device",
-        "tp",
-        "dtype",
-        "load_format",
-        "max_context",
-        "max_seqs",
-        "max_tokens_per_step",
-        "mem_fraction",
-    ),
-    *("kv_pages", "page_size", "policy", "radix", "emulate", "seed"),
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done or stopped by a signal, 1 could not start or check found a reason, 2 wrong arguments."""
@@ -49,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(args: argparse.Namespace) -> int:
     from polyradix.serve.run import ServeOptions, serve
 
+    given = {name: value for name, value in vars(args).items() if name in EngineConfig.__struct_fields__}
     serve(
-        EngineConfig(**{name: getattr(args, name) for name in _ENGINE}, progress=args.log_level in ("debug", "info")),
+        EngineConfig(**given, progress=args.log_level in ("debug", "info")),
         ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
     )
     return 0

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     Collectives,
     Compiled,
@@ -71,21 +71,18 @@ class EagerBackend:
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> list[LayerKV]:
         """Zeroed; `pages` includes scratch page 0."""
-        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
-        if reasons:
-            raise Unsupported("KV", "; ".join(map(str, reasons)))
+        check_claimed(spec, self.caps)
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), DTYPES[spec.dtype]
         k, v = torch.zeros(2, spec.layers, *shape, dtype=dtype, device=DEVICE)
         return list(zip(k, v, strict=True))
 
     def prepare(self, batch: HostBatch, prev: Tensor | None = None) -> Batch:
         """prev: i32[S'], the last samples."""
+        batch.check_prev(prev)
         tokens = self._index(batch.tokens)
         if prev is not None:
             source = self._index(batch.from_prev)
             tokens = torch.where(source >= 0, prev[source.clamp(min=0)].long(), tokens)
-        elif (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
         return Batch(
             tokens=tokens,
             positions=self._index(batch.positions),

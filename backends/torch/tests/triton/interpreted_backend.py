@@ -43,11 +43,10 @@ class Interpreted(TorchBackend):
         return super().alloc_kv(spec, pages)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
+        batch.check_prev(prev)
         meta, source = upload(batch, self._page, tile_rows(*self._dim), self._splits, CPU)
         if prev is not None:
             take_previous(meta.tokens, source, prev)
-        elif (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
         return meta
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Needs, Unsupported, validate
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.launch import Launcher
 from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
+    HOST_DTYPES,
     KV,
     Array,
     Collectives,
@@ -34,8 +34,6 @@ from polyradix.backend.protocol import (
 )
 from polyradix.backend.sampling import sample_host
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-
 MAX_TP = 8
 
 
@@ -51,14 +49,14 @@ class NumpyBackend:
         if compute not in ("float32", "float64"):
             raise ValueError(f"compute is {compute!r}; expected 'float32' or 'float64'")
         self._wide = np.dtype(compute)
-        self._store = DTYPES if compute == "float32" else dict.fromkeys(DTYPES, self._wide)
+        self._store = HOST_DTYPES if compute == "float32" else dict.fromkeys(HOST_DTYPES, self._wide)
         self._launch = Launcher(async_launch)
         self.collectives = collectives or Alone()
         self.ops = NumpyOps(self._wide, self._store, self.collectives)
         self.caps = Capabilities(
             name="numpy",
             device=f"NumPy {np.__version__} on {platform.machine()}",
-            dtypes=frozenset(DTYPES),
+            dtypes=frozenset(HOST_DTYPES),
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
             head_dim_multiple=2,
@@ -75,8 +73,8 @@ class NumpyBackend:
         return Memory(free=free, total=total)
 
     def pack(self, spec: ParamSpec, read: Reader) -> Packed:
-        if spec.dtype not in DTYPES:
-            raise Unsupported(spec.dtype, f"parameter {spec.name}; expected one of {sorted(DTYPES)}")
+        if spec.dtype not in HOST_DTYPES:
+            raise Unsupported(spec.dtype, f"parameter {spec.name}; expected one of {sorted(HOST_DTYPES)}")
         bias = self._host(spec, read("bias"), spec.shape[:1]) if spec.bias else None
         return Packed(spec, self._host(spec, read(), spec.shape), bias)
 
@@ -85,20 +83,17 @@ class NumpyBackend:
         return per_token * spec.page_size * self._store[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), self.caps, spec.page_size)
-        if reasons:
-            raise Unsupported("KV", "; ".join(map(str, reasons)))
+        check_claimed(spec, self.caps)
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._store[spec.dtype]
         return [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:
-        if prev is None and (batch.from_prev >= 0).any():
-            raise ValueError("from_prev names rows of the previous samples, but prev is None")
+        batch.check_prev(prev)
         return NumpyMeta(batch, prev)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         def run(params: Params, kv: KV, meta: NumpyMeta) -> tuple[Array, KV]:
-            _check_limits(meta.batch, limits)
+            limits.check(meta.batch.sizes)
             logits, new = self._launch.split(lambda held: step(self.ops, params, held, meta), 2, kv)
             return logits, new
 
@@ -125,7 +120,7 @@ class NumpyBackend:
     def _host(self, spec: ParamSpec, value: HostArray, shape: tuple[int, ...]) -> Arr:
         if value.shape != shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {shape}")
-        return np.ascontiguousarray(value.astype(DTYPES[spec.dtype]), self._wide)
+        return np.ascontiguousarray(value.astype(HOST_DTYPES[spec.dtype]), self._wide)
 
     def _copy(self, kv: Any, src: list[int], dst: list[int]) -> Any:
         for pair in kv:
@@ -150,17 +145,6 @@ class NumpyBackend:
         for layer, (k, v) in enumerate(kv):
             k[pages], v[pages] = data[0, layer], data[1, layer]
         return kv
-
-
-def _check_limits(b: HostBatch, limits: Limits) -> None:
-    sizes = (
-        ("num_tokens", b.num_tokens, limits.max_tokens),
-        ("num_seqs", b.num_seqs, limits.max_seqs),
-        ("kv_len", int(b.kv_len.max(initial=0)), limits.max_context),
-    )
-    for name, value, most in sizes:
-        if value > most:
-            raise ValueError(f"batch has {name} {value}; expected at most {most}, the limit given to compile")
 
 
 def _logprobs(logits: Arr, tokens: Arr, top: int) -> tuple[Any, ...]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from polyradix.backend.protocol import Backend, DType, HostArray, Params, ParamSpec, Weight
+from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, Params, ParamSpec, Weight
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.dense import param_specs, sources, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
 
-NUMPY_DTYPES: dict[DType, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed here; a copy of the embeddings if they are tied
 
 
@@ -70,7 +68,7 @@ class _Read:
             raise CheckpointError(f"{self.checkpoint.source}: no tensor {self.names[0]}.bias; the config promises it")
         rows = spec.segments or spec.shape[:1]
         tail = spec.shape[1:] if part == "weight" else ()
-        out = np.empty((sum(rows), *tail), NUMPY_DTYPES[spec.dtype])
+        out = np.empty((sum(rows), *tail), HOST_DTYPES[spec.dtype])
         start = 0
         for name, count in zip(self.names, rows, strict=True):
             out[start : start + count] = self._tensor(f"{name}.{part}", (count, *tail))
