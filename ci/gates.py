@@ -22,19 +22,19 @@ ALLOWED = re.compile(r"torch_dtype")  # a field of Hugging Face configs
 FRAMEWORKS = ("torch", "jax", "transformers")
 
 
-def sources(root: Path) -> Iterator[Path]:
+def sources(root: Path, suffixes: set[str] = SOURCES) -> Iterator[Path]:
     """Text files under root that are ours: no hidden or built folders."""
     for path in sorted(root.rglob("*")):
         parts = path.relative_to(root).parts
         built = any(p.startswith(".") or p in ("build", "dist") or p.endswith(".egg-info") for p in parts)
-        if not built and path.suffix in SOURCES and path.is_file():
+        if not built and path.suffix in suffixes and path.is_file():
             yield path
 
 
 def vendor_names(root: Path) -> list[str]:
     """Every line of core that names a vendor, a framework or a device, comments included."""
     out = []
-    for path in sources(root / "core" / "polyradix"):
+    for path in sources(root / "core" / "polyradix", SOURCES | {".txt"}):  # templates too
         for number, line in enumerate(path.read_text().splitlines(), 1):
             found = VENDORS.search(ALLOWED.sub("", line))
             if found:

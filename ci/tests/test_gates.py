@@ -52,6 +52,12 @@ def test_a_vendor_name_in_core_fails(tree, line):
     assert "core/polyradix/deep/b.py:2: core names" in out
 
 
+def test_a_vendor_name_in_a_template_fails(tree):
+    code, out = tree({"core/polyradix/serve/templates/b.py.txt": "import torch\n"})
+    assert code == 1
+    assert "core/polyradix/serve/templates/b.py.txt:1: core names 'torch'" in out
+
+
 def test_a_long_file_fails(tree):
     code, out = tree({"bench/long.py": "x\n" * 501})
     assert code == 1
