@@ -45,4 +45,5 @@ PY
 [[ $answer == *Paris* ]] || { echo "served: '$answer'; expected Paris in it"; exit 1; }
 echo "served with --device eager: The capital of France is$answer"
 
-diff <(echo "$before") <(git -C "$root" status --porcelain) || { echo "the tree has changed"; exit 1; }
+after=$(git -C "$root" status --porcelain)
+[ "$after" = "$before" ] || { diff <(echo "$before") <(echo "$after"); echo "the tree has changed"; exit 1; }
