@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polyradix_conformance import mustpass, report, waivers
-from polyradix_conformance.arguments import add_backend, seconds
+from polyradix_conformance.arguments import add_backend, count, seconds
 from polyradix_conformance.cases import Case, all_cases
 from polyradix_conformance.matrix import cli as matrix
 from polyradix_conformance.perf import cli as perf
@@ -62,8 +62,8 @@ def _run(args: argparse.Namespace) -> int:
         _clear(args.output)
     start = time.monotonic()
     job = Job(args.backend, args.emulate, dict(args.option))
-    show = _Show([c.id for c in cases], args.verbose)
-    claims, results = supervise(job, show.ids, args.timeout, show)
+    show = _Show([c.id for c in cases], args.verbose, args.jobs == 1)
+    claims, results = supervise(job, show.ids, args.timeout, show, args.jobs)
     made = report.build(job, claims, args.profile, partial, cases, results, waived, time.monotonic() - start)
     if args.output:
         report.write(made, args.output)
@@ -98,10 +98,10 @@ def _judge(made: report.Report) -> int:
 
 
 class _Show:
-    """Prints results as they come, and on a terminal the case in progress."""
+    """Prints results as they come, and on a terminal how many there are and, of one process, the case in progress."""
 
-    def __init__(self, ids: list[str], verbose: bool) -> None:
-        self.ids, self._verbose, self._done = ids, verbose, 0
+    def __init__(self, ids: list[str], verbose: bool, alone: bool) -> None:
+        self.ids, self._verbose, self._alone, self._done = ids, verbose, alone, 0
         self._live = sys.stdout.isatty()
         self._progress()
 
@@ -115,7 +115,8 @@ class _Show:
 
     def _progress(self) -> None:
         if self._live:
-            line = f"{self._done}/{len(self.ids)} {self.ids[self._done]}" if self._done < len(self.ids) else ""
+            left = self.ids[self._done :]
+            line = f"{self._done}/{len(self.ids)} {left[0] if self._alone else ''}" if left else ""
             print(f"\r\x1b[K{line[:78]}", end="", flush=True)
 
 
@@ -148,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add_backend(run)
     run.add_argument("-o", "--output", type=Path, help="write the report as JSON")
     run.add_argument("--timeout", type=seconds, default=120.0, metavar="S", help="seconds that a case has (120)")
+    run.add_argument("--jobs", type=count, default=1, metavar="N", help="processes that share the cases (1)")
     run.add_argument("--waivers", type=Path, metavar="FILE", help="known failures, as TOML")
     run.add_argument("-v", "--verbose", action="store_true", help="print every case")
     for each in (run, command("list", _list, "print the ids of the cases of a profile")):
@@ -161,13 +163,6 @@ def _parser() -> argparse.ArgumentParser:
     matrix.add_parser(commands)
     perf.add_parser(commands)
     return parser
-
-
-def _option(text: str) -> tuple[str, str | int]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, int(value) if value.isdecimal() else value
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from threading import Event, Lock
 from typing import Any
 
 from polyradix.backend.protocol import Backend
@@ -24,7 +26,7 @@ from polyradix_conformance.runner import Result, run
 OPEN_S = 120.0  # the least time a backend has to be imported and created
 END_S = 10.0  # what a child that is done has to leave by itself
 SLICE_S = 0.5
-LOST = 3  # after so many lost children the rest is not run
+LOST = 3  # after so many lost children the rest of a share is not run
 
 
 class Refused(Exception):
@@ -33,6 +35,10 @@ class Refused(Exception):
 
 class _Lost(Exception):
     """The child hangs or is gone."""
+
+
+class _Stopped(Exception):
+    """Another share has failed, or the user has had enough."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +83,45 @@ class Claims:
 
 
 def supervise(
-    job: Job, ids: Sequence[str], timeout: float, seen: Callable[[Result], None] = lambda r: None
+    job: Job, ids: Sequence[str], timeout: float, seen: Callable[[Result], None] = lambda r: None, shares: int = 1
 ) -> tuple[Claims, list[Result]]:
-    """One result per case id (at least one), in order, `seen` as they come; a case may take `timeout` seconds.
+    """One result per case id (at least one), in order, `seen` as they come; a case may take `timeout` seconds. The
+    cases are dealt out to `shares` children that run at the same time.
 
     Raises Refused when the backend cannot be opened at first; when it cannot later, the remaining cases are `not_run`.
     """
+    stop, lock = Event(), Lock()
+
+    def add(result: Result) -> None:
+        with lock:
+            seen(result)
+
+    parts = [ids[i::shares] for i in range(min(shares, len(ids)))]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        running = [pool.submit(_share, job, part, timeout, add, stop) for part in parts]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+    errors = [e for each in running if (e := each.exception()) and not isinstance(e, _Stopped)]
+    if errors:
+        raise errors[0]
+    claims, results = running[0].result()[0], list[Any](ids)
+    for i, each in enumerate(running):
+        results[i :: len(parts)] = each.result()[1]
+    return claims, results
+
+
+def _share(
+    job: Job, ids: Sequence[str], timeout: float, seen: Callable[[Result], None], stop: Event
+) -> tuple[Claims, list[Result]]:
     results: list[Result] = []
 
     def add(result: Result) -> None:
         results.append(result)
         seen(result)
 
-    claims, why = _attempt(job, ids, timeout, add), ""
+    claims, why = _attempt(job, ids, timeout, add, stop), ""
     for lost in range(1, LOST + 1):
         left = ids[len(results) :]
         if not left:
@@ -97,7 +129,7 @@ def supervise(
         try:
             if lost == LOST:
                 raise Refused(f"{LOST} processes were lost")
-            _attempt(job, left, timeout, add)
+            _attempt(job, left, timeout, add, stop)
         except Refused as e:
             why = f"not run: {e}"
             break
@@ -106,9 +138,9 @@ def supervise(
     return claims, results
 
 
-def _attempt(job: Job, ids: Sequence[str], timeout: float, add: Callable[[Result], None]) -> Claims:
+def _attempt(job: Job, ids: Sequence[str], timeout: float, add: Callable[[Result], None], stop: Event) -> Claims:
     """Runs cases in a child until it is lost, which is the result of the case it was in."""
-    with closing(_Child(job, ids)) as child:
+    with closing(_Child(job, ids, stop)) as child:
         try:
             claims = child.hear(max(timeout, OPEN_S))
         except _Lost as e:
@@ -128,7 +160,8 @@ def _attempt(job: Job, ids: Sequence[str], timeout: float, add: Callable[[Result
 
 
 class _Child:
-    def __init__(self, job: Job, ids: Sequence[str]) -> None:
+    def __init__(self, job: Job, ids: Sequence[str], stop: Event) -> None:
+        self._stop = stop
         spawn = get_context("spawn")
         self._pipe, theirs = spawn.Pipe(duplex=False)
         self._process = spawn.Process(target=_serve, args=(theirs, job, list(ids)))
@@ -137,9 +170,11 @@ class _Child:
         theirs.close()
 
     def hear(self, timeout: float) -> Any:
-        """What it says next. Raises _Lost."""
+        """What it says next. Raises _Lost, or _Stopped."""
         end = time.monotonic() + timeout
         while not self._pipe.poll(min(SLICE_S, max(0.0, end - time.monotonic()))):
+            if self._stop.is_set():
+                raise _Stopped
             # A process that the child started may hold the pipe open after the child's death.
             if not self._process.is_alive() and not self._pipe.poll():
                 raise _Lost(self._fate())

@@ -148,6 +148,13 @@ def test_a_timeout_is_a_positive_number(capsys: Capture, value: str) -> None:
     assert f"{value!r} is not a positive number of seconds" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "2.5", "all"])
+def test_jobs_is_a_count(capsys: Capture, value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--backend", "numpy", "--jobs", value])
+    assert f"{value!r} is not an integer of at least 1" in capsys.readouterr().err
+
+
 def test_list_prints_the_ids_of_a_profile(capsys: Capture) -> None:
     for profile in {c.profile for c in all_cases()}:
         assert main(["list", "--profile", profile]) == 0

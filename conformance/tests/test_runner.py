@@ -111,6 +111,40 @@ def test_a_child_gives_the_results_that_the_runner_gives() -> None:
     json.dumps(dataclasses.asdict(claims))
 
 
+def test_shares_run_at_the_same_time_and_keep_the_order(vendor: Install, tmp_path: Any) -> None:
+    here = tmp_path / "processes"
+    here.mkdir()
+    vendor(f"""
+    def memory(self):
+        os.makedirs({str(here)!r} + f"/{{os.getpid()}}", exist_ok=True)
+        while len(os.listdir({str(here)!r})) < 2:
+            time.sleep(0.05)
+        return super(Vendor, self).memory()
+    Vendor.memory = memory
+    """)
+    ids, seen = [MEMORY[0], MEMORY[1], *L0[:3]], list[Result]()
+    _, results = supervise(Job("vendor"), ids, 30, seen.append, shares=2)
+    assert [r.id for r in results] == ids
+    assert sorted(r.id for r in seen) == sorted(ids)
+    assert {r.status for r in results[2:]} == {"pass"}
+
+
+def test_a_share_that_is_refused_ends_the_others(vendor: Install, tmp_path: Any) -> None:
+    vendor(f"""
+    Vendor.memory = lambda self: time.sleep(600)
+    def create(self):
+        try:
+            os.mkdir({str(tmp_path / "first")!r})
+        except FileExistsError:
+            time.sleep(1)
+            raise
+        return Vendor()
+    Entry.create = create
+    """)
+    with pytest.raises(Refused, match="FileExistsError"):
+        supervise(Job("vendor"), [MEMORY[0], MEMORY[1]], 300, shares=2)
+
+
 @pytest.mark.parametrize(
     ("act", "detail"),
     [
