@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+import threading
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,32 @@ def test_tied_embeddings_are_packed_twice(tmp_path: Path) -> None:
     np.testing.assert_array_equal(params.top["logits"][0], params.top["embed"][0])
 
 
+def test_reading_runs_ahead_of_packing(tmp_path: Path) -> None:
+    """The backend keeps the first parameter until the second has been read; one that asks for none has nothing read."""
+    t = weights(CONFIG)
+    checkpoint = open_checkpoint(str(write(tmp_path, t)))
+    spec, began = ModelSpec.from_hf_config(checkpoint.config), threading.Event()
+
+    def read(name: str) -> HostArray:
+        if name == "model.layers.0.input_layernorm.weight":
+            began.set()
+        return t[name]
+
+    class Slow(Host):
+        def pack(self, spec: ParamSpec, read: Any) -> Any:
+            value = read()
+            assert began.wait(20)
+            np.testing.assert_array_equal(read(), value)
+
+    class Idle:
+        def pack(self, spec: ParamSpec, read: Any) -> None: ...
+
+    watched = replace(checkpoint, read=read)
+    for backend, seen in ((Idle(), False), (Slow(), True)):
+        load_params(watched, spec, "float32", backend, progress=False)  # type: ignore[arg-type]
+        assert began.is_set() == seen
+
+
 def test_missing_bias_parts_are_zero(tmp_path: Path) -> None:
     config = {**CONFIG, "architectures": ["Qwen2ForCausalLM"]}
     t = weights(config)
@@ -147,7 +175,10 @@ BREAKS: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
         rewrite(lambda t: t.update({NORM: np.ones(31, np.float32)})),
         r"model-0\.safetensors: tensor model\.norm\.weight has shape \[31\]; expected \[32\]",
     ),
-    "dtype": (rewrite(lambda t: t.update({NORM: np.ones(32, np.int8)})), r"tensor model\.norm\.weight is int8"),
+    "dtype": (
+        rewrite(lambda t: t.update({NORM: np.ones(32, np.int8)})),
+        r"tensor model\.norm\.weight is I8; expected F32",
+    ),
     "extra": (
         rewrite(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)})),
         r"model-0\.safetensors: tensor model\.layers\.0\.self_attn\.q_proj\.bias has no place in LlamaForCausalLM",

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import zlib
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from polyradix.backend.protocol import HostArray
 from polyradix.graph.checkpoint.base import Checkpoint, read_json, read_optional_json
 from polyradix.graph.dense import tensor_shapes
 from polyradix.graph.spec import ModelSpec
 
-BLOCK = 1 << 20
+STEP = 64
+STARTS = 1 << 20
 
 
 def open_dummy(path: Path) -> Checkpoint:
-    """`path` is a config.json or its folder. Norms are 1, biases 0, all else N(0, 0.02) seeded by the tensor's name, in
-    bfloat16; a tensor of more than BLOCK values repeats them."""
+    """`path` is a config.json or its folder. Norms are 1, biases 0, all else N(0, 0.02) in bfloat16: views of one row
+    of random numbers, in which a tensor starts where its name says, and each of its rows STEP further."""
     file = path / "config.json" if path.is_dir() else path
     config, generation = read_json(file), read_optional_json(file.parent / "generation_config.json")
     shapes = tensor_shapes(ModelSpec.from_hf_config(config, generation))
+
+    longest = max(STEP * rows + width for rows, width in (s for s in shapes.values() if len(s) == 2))
+
+    @cache
+    def numbers() -> HostArray:
+        random = np.random.default_rng(0).standard_normal(STARTS + longest, np.float32)
+        return (random * np.float32(0.02)).astype(ml_dtypes.bfloat16)
 
     def read(name: str) -> HostArray:
         if name.endswith("norm.weight"):
             return np.ones(shapes[name], np.float32)
         if name.endswith(".bias"):
             return np.zeros(shapes[name], np.float32)
-        rng = np.random.default_rng(zlib.crc32(name.encode()))
-        size = int(np.prod(shapes[name]))
-        block = rng.standard_normal(min(size, BLOCK), np.float32) * np.float32(0.02)
-        return np.resize(block.astype(ml_dtypes.bfloat16), shapes[name])
+        rows, width = shapes[name]
+        start = zlib.crc32(name.encode()) % STARTS
+        return sliding_window_view(numbers(), width)[start : start + STEP * rows : STEP]
 
     return Checkpoint(
         source=f"{file} (random weights)",

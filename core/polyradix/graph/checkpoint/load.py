@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, Params, ParamSpec, Weight
+from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, Params, ParamSpec
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.dense import param_specs, sources, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
 
+READERS = min(8, os.cpu_count() or 1)
 _HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed here; a copy of the embeddings if they are tied
 
 
@@ -26,20 +30,30 @@ def load_params(
     max_context: int | None = None,
     progress: bool = True,
 ) -> Params:
-    """Packs every parameter. Raises CheckpointError naming the file and tensor at fault. The bar goes to stderr."""
+    """Packs every parameter, one at a time, while threads read the next READERS; these begin when the backend asks for
+    the first. Raises CheckpointError naming the file and tensor at fault. The bar is for a terminal on stderr."""
     _compare_names(checkpoint, spec)
     table = param_specs(spec, dtype, max_context)
-    total = len(table.top) + sum(map(len, table.layers))
-    with tqdm(total=total, desc="Loading weights", unit="param", disable=not progress, mininterval=0.2) as bar:
+    groups = [(None, table.top), *enumerate(table.layers)]
+    reads = [_Read(checkpoint, spec, p, layer) for layer, params in groups for p in params]
+    pool = ThreadPoolExecutor(READERS, "polyradix-read")
+    ahead: dict[int, Future[HostArray]] = {}
 
-        def pack(params: tuple[ParamSpec, ...], layer: int | None) -> dict[str, Weight]:
-            out = {}
-            for p in params:
-                out[p.name] = backend.pack(p, _Read(checkpoint, spec, p, layer))
-                bar.update()
-            return out
+    def read(index: int, part: Literal["weight", "bias"] = "weight") -> HostArray:
+        if part == "bias":
+            return reads[index](part)
+        for i in range(index, min(index + 1 + READERS, len(reads))):
+            if i not in ahead:
+                ahead[i] = pool.submit(reads[i])
+        return ahead.pop(index).result()
 
-        return Params(pack(table.top, None), [pack(params, i) for i, params in enumerate(table.layers)])
+    bar = tqdm(reads, desc="Loading weights", unit="param", disable=None if progress else True, mininterval=0.2)
+    try:
+        packed = iter([backend.pack(r.spec, partial(read, i)) for i, r in enumerate(bar)])
+    finally:
+        pool.shutdown(cancel_futures=True)
+    top, *layers = ({p.name: next(packed) for p in params} for _, params in groups)
+    return Params(top, layers)
 
 
 def _compare_names(checkpoint: Checkpoint, spec: ModelSpec) -> None:
@@ -71,7 +85,7 @@ class _Read:
         out = np.empty((sum(rows), *tail), HOST_DTYPES[spec.dtype])
         start = 0
         for name, count in zip(self.names, rows, strict=True):
-            out[start : start + count] = self._tensor(f"{name}.{part}", (count, *tail))
+            _copy(self._tensor(f"{name}.{part}", (count, *tail)), out[start : start + count])
             start += count
         return out
 
@@ -79,3 +93,11 @@ class _Read:
         if name.endswith(".bias") and name not in self.checkpoint.names:
             return np.zeros(shape, np.float32)
         return self.checkpoint.tensor(name, shape)
+
+
+def _copy(value: HostArray, out: HostArray) -> None:
+    """Bits where the dtypes are the same: NumPy keeps Python's lock while it copies bfloat16."""
+    if value.dtype == out.dtype:
+        bits = f"u{out.itemsize}"
+        value, out = value.view(bits), out.view(bits)
+    out[...] = value
