@@ -1,0 +1,101 @@
+"""Products of few rows against NumPy float64, interpreted: every way to cut one, shapes that nothing divides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from polyradix_torch.triton import skinny
+from polyradix_torch.triton.skinny import Tile, product
+
+LANES = Tile(rows=4, columns=64, warps=4, stages=1)
+UNITS = Tile(rows=16, columns=32, warps=4, stages=3, dot=True)
+HALF = torch.bfloat16
+pytestmark = pytest.mark.usefixtures("exact")
+
+
+def normal(rng: np.random.Generator, *shape: int) -> torch.Tensor:
+    return torch.tensor(rng.standard_normal(shape)).to(HALF)
+
+
+def expected(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, kind: str) -> np.ndarray:
+    wide = [part.double().numpy() for part in (x, w)]
+    out = wide[0] @ wide[1].T
+    if bias is not None:
+        out += bias.double().numpy()
+    if kind == "gated":
+        gate, up = np.split(out, 2, axis=1)
+        out = gate / (1 + np.exp(-gate)) * up
+    return out
+
+
+def check(got: torch.Tensor, want: np.ndarray) -> None:
+    """One rounding to bfloat16, or the errors of float32 sums."""
+    assert got.shape == want.shape
+    relative = 2.0**-8 if got.dtype == HALF else 0.0
+    assert (np.abs(got.double().numpy() - want) <= relative * np.abs(want) + 1e-5 * np.abs(want).max()).all()
+
+
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (38, 161), (2, 8), (70, 90)])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kind", ["linear", "gated", "logits"])
+@pytest.mark.parametrize(("tile", "count"), [(LANES, 1), (LANES, 3), (LANES, 4), (UNITS, 1), (UNITS, 7), (UNITS, 16)])
+def test_product(tile: Tile, count: int, kind: skinny.Kind, splits: int, n: int, k: int) -> None:
+    rng = np.random.default_rng(n * k + count)
+    x, w, bias = normal(rng, count, k), normal(rng, n, k), normal(rng, n)
+    for b in (None, bias):
+        got = product(x, w, b, replace(tile, splits=splits), kind)
+        assert got.dtype == (torch.float32 if kind == "logits" else HALF)
+        check(got, expected(x, w, b, kind))
+
+
+@pytest.mark.parametrize("tile", [LANES, UNITS])
+def test_an_odd_number_of_rows(tile: Tile) -> None:
+    rng = np.random.default_rng(0)
+    x, w = normal(rng, 2, 77), normal(rng, 37, 77)
+    check(product(x, w, None, replace(tile, splits=2)), expected(x, w, None, "linear"))
+
+
+def test_rows_of_x_apart() -> None:
+    rng = np.random.default_rng(1)
+    wide, w = normal(rng, 3, 200), normal(rng, 12, 64)
+    check(product(wide[:, 100:164], w, None, LANES), expected(wide[:, 100:164], w, None, "linear"))
+
+
+def test_parts_are_joined_again_and_again() -> None:
+    """Every launch finds the counters as the one before it left them, whatever its shape was; bits are the same."""
+    rng = np.random.default_rng(2)
+    seen: dict[int, torch.Tensor] = {}
+    given = [(normal(rng, 2, k), normal(rng, n, k)) for n, k in ((24, 300), (60, 130))]
+    for turn in range(6):
+        which = turn % 2
+        x, w = given[which]
+        got = product(x, w, None, replace(LANES, splits=2 + 3 * which))
+        check(got, expected(x, w, None, "linear"))
+        assert torch.equal(seen.setdefault(which, got), got)
+        assert not skinny._arrived(x.device).any()
+
+
+def test_more_tiles_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skinny, "TILES", 5)
+    rng = np.random.default_rng(3)
+    with pytest.raises(ValueError, match="6 tiles of 4 rows cannot be split; expected at most 5"):
+        product(normal(rng, 1, 128), normal(rng, 24, 128), None, replace(LANES, splits=2))
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """A GPU with a file of its own: linear by LANES, gated and logits by UNITS, for up to 2 rows."""
+    tiles = {"linear": LANES, "gated": replace(UNITS, splits=2), "logits": UNITS}
+    products = {skinny.key_of(kind, 2, 32, 96): vars(tile) for kind, tile in tiles.items()}
+    products[skinny.key_of("linear", 1, 32, 96)] = None
+    (tmp_path / "Some_GPU.json").write_text(json.dumps({"products": products}))
+    monkeypatch.setattr(skinny, "TUNED", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    skinny._tuned.cache_clear()
+    yield
+    skinny._tuned.cache_clear()
