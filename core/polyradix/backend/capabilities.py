@@ -18,6 +18,11 @@ class Unsupported(NotImplementedError):
         self.feature = feature
 
 
+class DeviceLost(RuntimeError):
+    """Raised by a backend whose device can do nothing more: the engine ends. Any other error ends the requests of its
+    step and no others; one for want of memory is a MemoryError."""
+
+
 FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "logprobs"})
 
 
@@ -35,6 +40,9 @@ class Capabilities:
     batch_invariant: bool = False  # a token's bits do not depend on its batch: prefix hit = miss, bit for bit
     step_tokens: int = 2048  # tokens in one step that keep the device busy: the default token budget
     async_launch: bool = False  # a launch returns before the work is done, so overlapping two steps pays
+    mem_fraction: float = 0.4  # of the free memory: what the KV cache takes if nobody says
+    decode_sizes: tuple[int, ...] = ()  # sequences that decodes are padded to: before it is ready, the engine runs the
+    # largest step, after which `memory` must leave room for another, and one decode of each size
     max_tp: int = 1  # tensor-parallel ranks that one model may be split over here
     emulated: bool = False
     notes: tuple[str, ...] = ()  # facts worth a line in the log, for example which kernels were chosen

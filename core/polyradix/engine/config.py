@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_context: int | None = None  # tokens of one sequence, prompt and output
     max_seqs: int = 64  # requests running at once
     max_tokens_per_step: int | None = None  # token budget of one step: prefill chunks and decodes together
-    mem_fraction: float = 0.4  # share of the memory left after loading that the KV cache may take
+    mem_fraction: float | None = None  # share of the memory that loading and steps leave, for the KV cache
     kv_pages: int | None = None  # overrides mem_fraction
     page_size: int | None = None  # tokens per KV page
     policy: Literal["lpm", "fcfs"] = "lpm"
@@ -39,5 +39,5 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             least = 2 if name in ("kv_pages", "max_context") else 1
             if value is not None and value < least:
                 raise ConfigError(f"{name} is {value}; expected an integer >= {least}")
-        if not 0 < self.mem_fraction < 1:
+        if self.mem_fraction is not None and not 0 < self.mem_fraction < 1:
             raise ConfigError(f"mem_fraction is {self.mem_fraction}; expected a number between 0 and 1")

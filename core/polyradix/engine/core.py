@@ -13,12 +13,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
-from polyradix.backend.capabilities import validate
+from polyradix.backend.batch import HostBatch
+from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
+from polyradix.engine.start import Timeline, largest, prefill, sampling
 from polyradix.graph.checkpoint import Checkpoint, load_params, open_checkpoint
 from polyradix.graph.dense import make_step
 from polyradix.graph.spec import ModelSpec
@@ -28,6 +31,7 @@ from polyradix.schedule.request import Request
 from polyradix.schedule.scheduler import Scheduler, SchedulerConfig
 
 log = logging.getLogger(__name__)
+REMEDY = "lower mem_fraction, max_tokens_per_step or max_seqs, or split the model over more devices with tp"
 
 
 @dataclass
@@ -41,13 +45,14 @@ class _Flight:
 class EngineCore:
     """One model on one backend. Not thread-safe: one thread submits, aborts and steps.
 
-    Raises ConfigError, ModelError, CheckpointError or the registry's errors when it cannot be built.
+    Raises ConfigError, ModelError, CheckpointError, MemoryError or the registry's errors when it cannot be built.
     """
 
     def __init__(
         self, config: EngineConfig, backend: Backend | None = None, checkpoint: Checkpoint | None = None
     ) -> None:
         config.check()
+        self.timeline = Timeline()
         self.backend = backend or open_backend(
             config.device, tp=config.tp, emulate=config.emulate, **config.backend_options
         )
@@ -63,13 +68,16 @@ class EngineCore:
             raise ConfigError(uneven)
         budget = config.max_tokens_per_step or caps.step_tokens
         limits = Limits(max(budget, config.max_seqs), config.max_seqs, self.max_context)
+        self.timeline.done("open")
         self._params = load_params(
             checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
         )
-        kv_spec = self.spec.kv_spec(self.page_size, self.dtype)
-        self.pages = self._page_count(config, self.backend.kv_page_bytes(kv_spec))
-        self._kv: KV = self.backend.alloc_kv(kv_spec, self.pages)
-        self._step = self.backend.compile(make_step(self.spec), limits)
+        self.timeline.done("weights")
+        try:
+            self._make_cache(config, limits)
+        except MemoryError as error:
+            raise ConfigError(f"out of memory: {error}; {REMEDY}") from error
+        log.info("%s", self.timeline)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 page_size=self.page_size,
@@ -85,6 +93,32 @@ class EngineCore:
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
         self._stats = Stats(pages_total=self.pages - 1)
+        self.lost = ""  # why the device is gone
+
+    def _make_cache(self, config: EngineConfig, limits: Limits) -> None:
+        """Sizes the cache from what is free once the largest step has run, and runs a decode of each size."""
+        spec = self.spec.kv_spec(self.page_size, self.dtype)
+        self._step = self.backend.compile(make_step(self.spec), limits)
+        sizes = self.backend.caps.decode_sizes
+        if sizes:
+            batch, pages = largest(limits, self.page_size)
+            self._kv: KV = self.backend.alloc_kv(spec, pages)
+            self._warm(batch, greedy=False)
+            self._kv = None
+            self.timeline.done("largest step")
+        self.pages = self._page_count(config, self.backend.kv_page_bytes(spec))
+        self._kv = self.backend.alloc_kv(spec, self.pages)
+        self.timeline.done("cache")
+        if sizes:
+            most = min(limits.max_seqs, self.pages - 1)
+            todo = sorted({most, *(n for n in sizes if n < most)}, reverse=True)
+            for n in tqdm(todo, desc="Warming up", unit="size", disable=None if config.progress else True):
+                self._warm(prefill(np.ones(n, np.int64), self.page_size)[0], greedy=True)
+            self.timeline.done("decode sizes")
+
+    def _warm(self, batch: HostBatch, greedy: bool) -> None:
+        logits, self._kv = self._step(self._params, self._kv, self.backend.prepare(batch))
+        self.backend.fetch(self.backend.sample(logits, sampling(batch.num_seqs, greedy))).result()
 
     def _page_count(self, config: EngineConfig, page_bytes: int) -> int:
         """Pages including the scratch page, from the option or from the free memory, but no more than can be used."""
@@ -92,10 +126,11 @@ class EngineCore:
         if config.kv_pages is not None:
             return config.kv_pages
         memory = self.backend.memory()
-        pages = int(memory.free * config.mem_fraction) // page_bytes
+        fraction = config.mem_fraction or self.backend.caps.mem_fraction
+        pages = int(memory.free * fraction) // page_bytes
         if pages < 2:
             raise ConfigError(
-                f"mem_fraction {config.mem_fraction} of {memory.free:,} free bytes holds {pages} KV pages of "
+                f"mem_fraction {fraction} of {memory.free:,} free bytes holds {pages} KV pages of "
                 f"{page_bytes:,} bytes; at least 2 are needed: free memory, raise mem_fraction or lower page_size"
             )
         return min(pages, per_seq * config.max_seqs + 1)
@@ -125,7 +160,11 @@ class EngineCore:
         self.scheduler.flush()
 
     def step(self) -> list[Chunk]:
-        """Launch what can be launched, harvest what must be; returns the new tokens. Call while `has_work`."""
+        """Launch what can be launched, harvest what must be; returns the new tokens. Call while `has_work`.
+
+        Once the device is lost (`lost` says how), the requests it had are ended and another call raises DeviceLost."""
+        if self.lost:
+            raise DeviceLost(self.lost)
         begin = time.perf_counter()
         waited = 0.0
         chunks: list[Chunk] = []
@@ -201,6 +240,8 @@ class EngineCore:
         except Exception as error:
             dropped = self._abort_rows(flight.plan, error)
             self.scheduler.apply(flight.plan, np.zeros(len(flight.plan.rows), np.int32))
+            while self.lost and self._flights:
+                dropped += self._harvest()[1]
             return time.perf_counter() - begin, dropped
         waited = time.perf_counter() - begin
         outputs = self.scheduler.apply(flight.plan, tokens, logprobs)
@@ -209,10 +250,16 @@ class EngineCore:
         return waited, [_chunk(o) for o in outputs]
 
     def _abort_rows(self, plan: Plan, error: Exception) -> list[Chunk]:
-        """Ends the requests of a step that raised, and logs it once. The plan must still be applied, for the books."""
-        log.error("a step of %d requests failed", len(plan.rows), exc_info=error)
+        """Ends the requests of a step that raised, and logs it, of a lost device only the first time. The plan must
+        still be applied, for the books."""
+        if not self.lost:
+            batch = plan.host.num_tokens, plan.host.num_seqs, self._stats.steps
+            log.error("a step of %d tokens and %d requests failed, after %d steps", *batch, exc_info=error)
+        if isinstance(error, DeviceLost):
+            self.lost = str(error)
         rids = [r.rid for r in plan.rows if self.scheduler.abort(r.rid)]
-        return [Chunk(rid=rid, tokens=[], finish="error", error=f"{type(error).__name__}: {error}") for rid in rids]
+        text = f"{type(error).__name__}: {error}" + (f"; {REMEDY}" if isinstance(error, MemoryError) else "")
+        return [Chunk(rid=rid, tokens=[], finish="error", error=text) for rid in rids]
 
 
 def _max_context(config: EngineConfig, spec: ModelSpec) -> int:

@@ -68,6 +68,8 @@ class _Loop:
                 chunks += self._core.step()
             if chunks:
                 self._send(Chunks(chunks))
+            if self._core.lost:
+                return self._send(Failed(error=self._core.lost))
             now = time.monotonic()
             if now >= self._next_stats or not self._core.has_work:
                 self._send(self._core.stats())

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from polyradix.backend.batch import HostBatch
+from polyradix.backend.capabilities import DeviceLost
+from polyradix.backend.numpy.backend import NumpyBackend
+from polyradix.backend.protocol import Limits, Memory
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.core import EngineCore
 from polyradix.engine.messages import Chunk
+from polyradix.engine.start import largest
 from polyradix.schedule.params import InvalidParam, SamplingParams
 
 CONFIG = {
@@ -41,7 +48,8 @@ def make(tmp_path: Path) -> Any:
         base: dict[str, Any] = {"kv_pages": 40, "max_seqs": 8, "page_size": 4, "max_tokens_per_step": 24}
         base |= {"device": "numpy", "load_format": "dummy", "progress": False, "model": str(path)}
         base["backend_options"] = {"async_launch": overlapped}
-        return EngineCore(EngineConfig(**(base | options)))
+        backend = options.pop("backend", None)
+        return EngineCore(EngineConfig(**(base | options)), backend)
 
     return make
 
@@ -105,6 +113,88 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(make: Any, overlapped
     assert core.stats().pages_used == 0
     core.submit("next", np.arange(1, 9, dtype=np.int32), SamplingParams(max_tokens=3, ignore_eos=True))
     assert _drain(core)["next"][-1].finish == "length"
+
+
+@pytest.mark.parametrize("where", ["prepare", "fetch"])
+def test_a_lost_device_ends_what_it_had_and_is_logged_once(
+    make: Any, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    core = make(overlapped=True, max_seqs=4)
+    _submit(core, 6, temperature=0)
+    chunks = [chunk for _ in range(3) for chunk in core.step()]
+
+    def lost(*args: Any) -> Any:
+        if where == "prepare":
+            raise DeviceLost("it is on fire")
+        future: Future[Any] = Future()
+        future.set_exception(DeviceLost("it is on fire"))
+        return future
+
+    setattr(core.backend, where, lost)
+    while not core.lost:
+        chunks += core.step()
+    assert core.lost == "it is on fire"
+    failed = [chunk for chunk in chunks if chunk.finish == "error"]
+    assert {chunk.error for chunk in failed} == {"DeviceLost: it is on fire"}
+    assert len({chunk.rid for chunk in failed}) == len(failed) == 6 - core.stats().waiting - core.stats().finished > 0
+    assert [r.exc_info is not None for r in caplog.records if r.levelname == "ERROR"] == [True]
+    core.scheduler.check()
+    assert core.stats().pages_used == 0
+    with pytest.raises(DeviceLost, match="it is on fire"):
+        core.step()
+
+
+def test_out_of_memory_says_what_to_change(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, spec: Any, pages: int) -> Any:
+        raise MemoryError("3 bytes are missing")
+
+    core = make()
+    _submit(core, 1)
+    core.backend.prepare = partial(full, core)
+    assert core.step()[0].error.startswith("MemoryError: 3 bytes are missing; lower mem_fraction, max_tokens_per_step")
+    monkeypatch.setattr(NumpyBackend, "alloc_kv", full)
+    with pytest.raises(ConfigError, match="out of memory: 3 bytes are missing; lower mem_fraction, max_tokens_per_"):
+        make()
+
+
+def test_what_runs_before_there_is_traffic(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest step first, in a cache of its own; then what it took is known, and decodes run in the real one."""
+    seen: list[Any] = []
+
+    class Warmed(NumpyBackend):
+        def __init__(self) -> None:
+            super().__init__("float32", False)
+            self.caps = replace(self.caps, decode_sizes=(1, 2, 4, 16), mem_fraction=0.5)
+
+        def prepare(self, batch: HostBatch, prev: Any = None) -> Any:
+            assert len(set(batch.slots.tolist())) == batch.num_tokens
+            assert batch.slots.min() >= 4
+            seen.append((batch.num_tokens, batch.num_seqs, int(batch.pages.max())))
+            return super().prepare(batch, prev)
+
+        def alloc_kv(self, spec: Any, pages: int) -> Any:
+            seen.append(pages)
+            return super().alloc_kv(spec, pages)
+
+        def memory(self) -> Memory:
+            seen.append("memory")
+            return Memory(free=200 * 1024, total=1 << 30)  # of 200 pages
+
+    core = make(kv_pages=None, backend=Warmed())
+    assert seen[seen.index(9) :] == [9, (24, 8, 8), "memory", 100, (8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1)]
+    assert list(core.timeline.seconds) == ["open", "weights", "largest step", "cache", "decode sizes"]
+    _submit(core, 3)
+    assert len(_drain(core)) == 3
+
+
+@pytest.mark.parametrize(("limits", "tokens"), [((24, 5, 100), 24), ((24, 5, 3), 15), ((3, 5, 100), 3)])
+def test_the_largest_step(limits: tuple[int, int, int], tokens: int) -> None:
+    batch, pages = largest(Limits(*limits), 4)
+    Limits(*limits).check(batch.sizes)
+    assert batch.num_tokens == tokens
+    used = {(int(batch.pages[s, p // 4]), p % 4) for s, n in enumerate(batch.kv_len) for p in range(n)}
+    assert {(s // 4, s % 4) for s in batch.slots.tolist()} == used
+    assert sorted({page for page, _ in used}) == list(range(1, pages))
 
 
 def test_one_page_pool_refuses_what_cannot_fit_and_goes_on(make: Any) -> None:

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from polyradix.backend.protocol import HostArray, ParamSpec
+from polyradix.backend.protocol import HostArray, Memory, ParamSpec
 from polyradix.graph.checkpoint import fetch_demo, find, load_params, open_checkpoint
 from polyradix.graph.dense import tensor_shapes
 from polyradix.graph.errors import CheckpointError, ModelError
@@ -45,6 +46,12 @@ Tensors = dict[str, HostArray]
 
 class Host:
     """A backend that packs a parameter by reading it."""
+
+    def __init__(self, free: int = 1 << 40, tp: int = 1) -> None:
+        self.free, self.collectives = free, SimpleNamespace(size=tp)
+
+    def memory(self) -> Memory:
+        return Memory(self.free, self.free)
 
     def pack(self, spec: ParamSpec, read: Any) -> tuple[HostArray, HostArray | None]:
         return read(), read("bias") if spec.bias else None
@@ -117,13 +124,31 @@ def test_reading_runs_ahead_of_packing(tmp_path: Path) -> None:
             assert began.wait(20)
             np.testing.assert_array_equal(read(), value)
 
-    class Idle:
+    class Idle(Host):
         def pack(self, spec: ParamSpec, read: Any) -> None: ...
 
     watched = replace(checkpoint, read=read)
     for backend, seen in ((Idle(), False), (Slow(), True)):
         load_params(watched, spec, "float32", backend, progress=False)  # type: ignore[arg-type]
         assert began.is_set() == seen
+
+
+@pytest.mark.parametrize(("tp", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_a_model_larger_than_the_device_is_refused_unread(tmp_path: Path, tp: int, dtype: Any) -> None:
+    checkpoint = open_checkpoint(str(write(tmp_path, weights(CONFIG))))
+    spec = ModelSpec.from_hf_config(checkpoint.config)
+    split = 2 * (64 * 32 + 32 * 32 + 3 * 64 * 32) + 50 * 32  # of two layers, and the logits
+    each = {"float32": 4, "bfloat16": 2}[dtype]
+    size = (
+        each * (split // tp + 50 * 32 + 5 * 32) + 4 * 128 * 8
+    )  # the embeddings, norms and rope table are on every rank
+
+    def read(name: str) -> HostArray:
+        raise AssertionError(f"{name} was read")
+
+    with pytest.raises(MemoryError, match=f"take {size:,} bytes .* {size - 1:,} are free: 1 too few; .* tp$"):
+        load_params(replace(checkpoint, read=read), spec, dtype, Host(size - 1, tp), progress=False)  # type: ignore[arg-type]
+    load_params(checkpoint, spec, dtype, Host(size, tp), progress=False)  # type: ignore[arg-type]
 
 
 def test_missing_bias_parts_are_zero(tmp_path: Path) -> None:
