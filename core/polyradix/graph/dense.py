@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-from polyradix.backend.protocol import KV, Array, AttnSpec, DType, Meta, Ops, Params, ParamSpec, Step, Weight
+from polyradix.backend.protocol import (
+    HOST_DTYPES,
+    KV,
+    Array,
+    AttnSpec,
+    DType,
+    Meta,
+    Ops,
+    Params,
+    ParamSpec,
+    Step,
+    Weight,
+)
 from polyradix.graph.spec import ModelSpec
 
 
@@ -14,6 +27,13 @@ class ParamTable:
 
     top: tuple[ParamSpec, ...]
     layers: tuple[tuple[ParamSpec, ...], ...]
+
+    def bytes(self, tp: int) -> int:
+        """Of the weights, without biases, on each of `tp` ranks; a backend's padding comes on top."""
+        sizes = (
+            (prod(p.shape) * HOST_DTYPES[p.dtype].itemsize, p) for group in (self.top, *self.layers) for p in group
+        )
+        return sum(size if p.shard_axis is None else size // tp for size, p in sizes)
 
 
 def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -> ParamTable:

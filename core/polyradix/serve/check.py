@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from polyradix.backend.capabilities import validate
-from polyradix.backend.protocol import HOST_DTYPES
 from polyradix.backend.registry import discover, open_backend
 from polyradix.graph.checkpoint import open_checkpoint
-from polyradix.graph.dense import tensor_shapes
+from polyradix.graph.dense import param_specs, tensor_shapes
 from polyradix.graph.spec import ModelSpec
 
 
@@ -32,11 +30,10 @@ def check(
     reasons = [f"{model} {reason}" for reason in validate(spec.needs(chosen), caps, page_size)]
     if uneven := spec.uneven_split(tp):
         reasons.append(uneven)
-    shapes = tensor_shapes(spec)
-    missing = sorted(shapes.keys() - checkpoint.names)
+    missing = sorted(tensor_shapes(spec).keys() - checkpoint.names)
     if missing:
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    weights = sum(math.prod(shape) for shape in shapes.values()) * HOST_DTYPES[chosen].itemsize // tp
+    weights = param_specs(spec, chosen).bytes(tp)
     page_size = page_size or caps.page_sizes[0]
     page = backend.kv_page_bytes(spec.kv_spec(page_size, chosen)) if not reasons else 0
     memory = backend.memory()

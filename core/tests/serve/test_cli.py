@@ -67,8 +67,8 @@ def test_check(model: Path) -> None:
     good = command(*args)
     assert good.returncode == 0, good.stderr
     assert "can run" in good.stdout
-    # 2 layers of (32+32)x32 qkv, 32x32 o, 3 x 64x32 mlp, 2 norms; embed and logits of 256x32, a norm; 4 bytes each
-    assert f"{4 * (2 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 64) + 2 * 256 * 32 + 32):,} bytes" in good.stdout
+    # 2 layers of (32+32)x32 qkv, 32x32 o, 3 x 64x32 mlp, 2 norms; embed and logits of 256x32, a norm, rope; 4 bytes
+    assert f"{4 * (2 * (64 * 32 + 32 * 32 + 3 * 64 * 32 + 64) + 2 * 256 * 32 + 32 + 512 * 8):,} bytes" in good.stdout
     bad = command(*args, "--page-size", "7")
     assert bad.returncode == 1
     assert "page size 7" in bad.stdout

@@ -31,9 +31,11 @@ def load_params(
     progress: bool = True,
 ) -> Params:
     """Packs every parameter, one at a time, while threads read the next READERS; these begin when the backend asks for
-    the first. Raises CheckpointError naming the file and tensor at fault. The bar is for a terminal on stderr."""
+    the first. Raises CheckpointError naming the file and tensor at fault, MemoryError for a model larger than a device,
+    both before a weight is read. The bar is for a terminal on stderr."""
     _compare_names(checkpoint, spec)
     table = param_specs(spec, dtype, max_context)
+    _check_room(table.bytes(backend.collectives.size), backend.memory().free)
     groups = [(None, table.top), *enumerate(table.layers)]
     reads = [_Read(checkpoint, spec, p, layer) for layer, params in groups for p in params]
     pool = ThreadPoolExecutor(READERS, "polyradix-read")
@@ -65,6 +67,14 @@ def _compare_names(checkpoint: Checkpoint, spec: ModelSpec) -> None:
     unused = [name for name in checkpoint.names if name not in wanted and not name.endswith(_HARMLESS)]
     if unused:
         raise CheckpointError(f"{checkpoint.where(unused[0])}: tensor {unused[0]} has no place in {spec.architecture}")
+
+
+def _check_room(size: int, free: int) -> None:
+    if size > free:
+        raise MemoryError(
+            f"the weights take {size:,} bytes of each device and {free:,} are free: {size - free:,} too few; "
+            "take a smaller model or dtype, or split it over more devices with tp"
+        )
 
 
 class _Read:
