@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,15 +24,17 @@ from polyradix.backend.protocol import (
     Params,
     Step,
 )
+from polyradix_cuda.errors import all_told, told
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.host import to_numpy, torch_dtype
 from polyradix_torch.sample import sample
 from polyradix_torch.triton.attention import tile_rows
-from polyradix_torch.triton.capture import Graphs, StaticBatch
+from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
 from polyradix_torch.triton.ops import GpuMeta, TritonOps
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
 
+POLL = 2e-4  # seconds
 OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 
 
@@ -42,23 +47,58 @@ class Decode:
 
 
 class Pending(Future[HostArray]):
-    """A copy to the host under way; the caller's thread waits for it, not a worker."""
+    """A copy to the host under way. Whoever asks for its result waits for it, no worker does: it is done when asked, so
+    concurrent.futures.wait is not for it."""
 
     def __init__(self, x: torch.Tensor) -> None:
         super().__init__()
+        self.set_running_or_notify_cancel()
         self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         self._host.copy_(x, non_blocking=True)
         self._event = torch.cuda.Event()
         self._event.record()
 
     def done(self) -> bool:
-        return bool(self._event.query())
+        with suppress(TimeoutError):
+            self._settle(0)
+        return super().done()
 
     def result(self, timeout: float | None = None) -> HostArray:
-        self._event.synchronize()
-        return to_numpy(self._host)
+        self._settle(timeout)
+        return super().result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._settle(timeout)
+        return super().exception()
+
+    def add_done_callback(self, fn: Callable[[Future[HostArray]], object]) -> None:
+        self._settle(None)
+        super().add_done_callback(fn)
+
+    def _settle(self, timeout: float | None) -> None:
+        if super().done():
+            return
+        try:
+            told(self._wait)(timeout)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            self.set_exception(error)
+        else:
+            self.set_result(to_numpy(self._host))
+
+    def _wait(self, timeout: float | None) -> None:
+        if timeout is None:
+            self._event.synchronize()
+            return
+        end = time.monotonic() + timeout
+        while not self._event.query():
+            if time.monotonic() >= end:
+                raise TimeoutError(f"the GPU was not done within {timeout} s")
+            time.sleep(POLL)
 
 
+@all_told
 class CudaBackend(TorchBackend):
     """One GPU. Decode steps replay graphs; steps with prefill run eagerly."""
 
@@ -69,6 +109,7 @@ class CudaBackend(TorchBackend):
         self._static: StaticBatch | None = None
         self._page, self._dim = 16, (128, 2)  # of the cache made last; its head size and bytes of one value
         properties = torch.cuda.get_device_properties(device)
+        self._still: int | None = None  # bytes that weights and cache take, without any step
         self._processors = properties.multi_processor_count
         caps = Capabilities(
             name="cuda",
@@ -80,18 +121,25 @@ class CudaBackend(TorchBackend):
             features=FEATURES,
             step_tokens=8192,
             async_launch=True,
+            mem_fraction=0.9,
+            decode_sizes=tuple(sizes(1024)) if capture else (1,),
             notes=(f"torch {torch.__version__}, decode {'captured' if capture else 'eager'}",),
         )
         super().__init__(caps, TritonOps(), str(device))
 
     def memory(self) -> Memory:
+        """Free is what the driver has and what torch keeps unused, less what the steps since `alloc_kv` needed."""
         free, total = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return Memory(free=free + kept, total=total)
+        steps = 0 if self._still is None else torch.cuda.max_memory_allocated(self._device) - self._still
+        return Memory(free=free + kept - steps, total=total)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         self._page, self._dim = spec.page_size, (spec.head_dim, torch_dtype(spec.dtype).itemsize)
-        return super().alloc_kv(spec, pages)
+        kv = super().alloc_kv(spec, pages)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._still = torch.cuda.memory_allocated(self._device)
+        return kv
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
         batch.check_prev(prev)
@@ -115,6 +163,7 @@ class CudaBackend(TorchBackend):
         ops, self._limits = self.ops, limits
         graphs = Graphs(step, ops, self._processors)
 
+        @told
         def run(params: Params, kv: KV, meta: Decode | GpuMeta) -> tuple[Array, KV]:
             with torch.inference_mode():
                 if isinstance(meta, Decode):
@@ -133,17 +182,34 @@ class CudaBackend(TorchBackend):
 
 
 def create(capture: bool, index: int) -> CudaBackend:
-    """Raises RuntimeError, saying what is wrong with the GPU or its driver."""
+    """Raises RuntimeError, saying what is wrong with the GPU, its driver or this torch."""
     if not torch.cuda.is_available():
-        raise RuntimeError(
-            f"torch {torch.__version__} sees no GPU: is its CUDA build installed, and the driver new enough?"
-        )
+        raise RuntimeError(f"torch {torch.__version__} cannot use a GPU: {_why_not()}")
     count = torch.cuda.device_count()
     if not 0 <= index < count:
         raise ValueError(f"index is {index}; expected 0 to {count - 1}")
-    have = torch.cuda.get_device_capability(index)
+    have, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    what = f"GPU {index} has compute capability {have[0]}.{have[1]}"
     if have < OLDEST:
-        raise RuntimeError(f"GPU {index} has compute capability {have[0]}.{have[1]}; expected at least 8.0")
+        raise RuntimeError(f"{what}; expected at least 8.0")
+    if not any(_runs(arch, have) for arch in built):
+        raise RuntimeError(f"{what}; torch {torch.__version__} was built for {', '.join(built)}: install a newer one")
+    torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return CudaBackend(index, capture)
+
+
+def _why_not() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return "no reason given"
+
+
+def _runs(arch: str, have: tuple[int, int]) -> bool:
+    """Whether code for `arch` runs: sm_ on its own major version, compute_ (PTX) on any newer."""
+    kind, _, digits = arch.partition("_")
+    version = int("".join(filter(str.isdigit, digits)) or 0)
+    return version <= 10 * have[0] + have[1] and (kind == "compute" or version // 10 == have[0])

@@ -57,12 +57,21 @@ def record(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
 
 
 class FakeEvent:
+    """Done once it was asked `left` times, or waited for."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
     def record(self) -> None: ...
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+        self.left = 0
 
     def query(self) -> bool:
-        return True
+        torch.cuda.synchronize()
+        self.left -= 1
+        return self.left < 0
 
 
 @pytest.fixture
@@ -76,7 +85,14 @@ def exact():
 @pytest.fixture
 def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What torch says of the GPU, to be changed by a test."""
-    says = SimpleNamespace(count=1, capability=(9, 0), available=True)
+    says = SimpleNamespace(
+        count=1, capability=(9, 0), available=True, init="", broken="", asked=0, peak=1 << 19, kept=1 << 20
+    )
+
+    def raises(what: str) -> None:
+        if text := getattr(says, what):
+            raise RuntimeError(text)
+
     properties = SimpleNamespace(name="Fake GPU", multi_processor_count=4)
     for name, value in {
         "is_available": lambda: says.available,
@@ -84,12 +100,17 @@ def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "get_device_capability": lambda index: says.capability,
         "get_device_properties": lambda device: properties,
         "mem_get_info": lambda device: (1 << 30, 1 << 31),
-        "memory_reserved": lambda device: 1 << 20,
+        "memory_reserved": lambda device: says.kept,
         "memory_allocated": lambda device: 1 << 19,
-        "synchronize": lambda: None,
+        "max_memory_allocated": lambda device: says.peak,
+        "reset_peak_memory_stats": lambda device: None,
+        "get_arch_list": lambda: ["sm_80", "sm_90", "compute_90"],
+        "set_device": lambda index: None,
+        "init": lambda: raises("init"),
+        "synchronize": lambda: raises("broken"),
         "CUDAGraph": FakeGraph,
         "graph": record,
-        "Event": FakeEvent,
+        "Event": lambda: FakeEvent(says.asked),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     empty = torch.empty

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import polyradix_cuda.backend
 from polyradix.backend.batch import HostBatch
+from polyradix.backend.capabilities import DeviceLost
 from polyradix.backend.protocol import KVSpec, Limits, Params
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.inputs import Part, Ragged
@@ -153,3 +155,54 @@ def test_a_fetch_under_way(gpu: SimpleNamespace, make: Any) -> None:
         got = pending.result(timeout=1)
         assert got.shape == tuple(x.shape)
         assert np.array_equal(got.astype(np.float32), x.float().numpy())
+
+
+def test_a_fetch_that_takes_long(gpu: SimpleNamespace, make: Any) -> None:
+    gpu.asked = 10**6
+    pending = make().fetch(torch.arange(3))
+    assert (pending.done(), pending.cancel(), pending.running()) == (False, False, True)
+    for wait in (pending.result, pending.exception):
+        with pytest.raises(TimeoutError, match=r"not done within 0\.01 s"):
+            wait(timeout=0.01)
+    gpu.asked = 5
+    pending = make().fetch(torch.arange(3))
+    assert pending.result(timeout=10).tolist() == [0, 1, 2]
+    seen: list[Any] = []
+    pending = make().fetch(torch.arange(3))
+    pending.add_done_callback(seen.append)
+    assert (seen, pending.exception(), pending.done()) == ([pending], None, True)
+
+
+def test_a_gpu_that_answers_no_more(gpu: SimpleNamespace, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is lost where CUDA repeats the error, and only there."""
+    backend, batch = make(), decode(2)
+    pending = backend.fetch(torch.arange(3))
+    gpu.broken = "CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`"
+    for ask in (pending.result, pending.result, lambda: backend.fetch(torch.arange(3)).result()):
+        with pytest.raises(DeviceLost, match=r"^CUDA error: an illegal memory access was encountered$"):
+            ask()
+    assert isinstance(pending.exception(), DeviceLost)
+    assert pending.done()
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("CUDA error: invalid configuration argument")
+
+    run = Run(make())
+    monkeypatch.setattr(polyradix_cuda.backend, "upload", fails)
+    run.backend._capture = False
+    with pytest.raises(DeviceLost):
+        run.backend.prepare(batch)
+    gpu.broken = ""
+    with pytest.raises(RuntimeError, match="invalid configuration argument") as error:
+        run.backend.prepare(batch)
+    assert not isinstance(error.value, DeviceLost)
+
+
+def test_a_gpu_without_room(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    backend = make()
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(MemoryError, match=r"^CUDA out of memory\. Tried to allocate 2\.00 GiB\.$"):
+        backend.alloc_kv(KVSpec(1, 1, 8, 16, "float32"), 2)

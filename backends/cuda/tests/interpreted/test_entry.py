@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from polyradix.backend.capabilities import FEATURES, Unsupported
 from polyradix.backend.protocol import KVSpec
 from polyradix.backend.registry import DeviceUnavailable, check_drift, open_backend
+from polyradix.engine.config import EngineConfig
+from polyradix.engine.core import EngineCore
 from polyradix_cuda import device, entry
 
 
@@ -52,7 +57,7 @@ def test_probe_counts_gpus(driver: Path) -> None:
     assert (entry.probe().available, entry.probe().detail) == (True, "NVIDIA driver found, 2 GPU(s)")
 
 
-def test_create_says_what_is_wrong(gpu: SimpleNamespace) -> None:
+def test_create_says_what_is_wrong(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="index is 1; expected 0 to 0"):
         entry.create(index=1)
     with pytest.raises(ValueError, match="index is -1; expected 0 to 0"):
@@ -60,9 +65,39 @@ def test_create_says_what_is_wrong(gpu: SimpleNamespace) -> None:
     gpu.capability = (7, 5)
     with pytest.raises(RuntimeError, match=r"GPU 0 has compute capability 7\.5; expected at least 8\.0"):
         entry.create()
-    gpu.available = False
-    with pytest.raises(RuntimeError, match="sees no GPU: is its CUDA build installed, and the driver new enough"):
+    gpu.capability = (8, 6)  # runs code for 8.0
+    entry.create()
+    gpu.capability = (12, 0)  # its driver compiles what is there for 9.0
+    entry.create()
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a"])
+    with pytest.raises(
+        RuntimeError, match=r"capability 12\.0; torch .* was built for sm_80, sm_90a: install a newer one"
+    ):
         entry.create()
+    gpu.available, gpu.init = False, "The NVIDIA driver on your system is too old (found version 11040)."
+    with pytest.raises(
+        RuntimeError, match=r"torch .* cannot use a GPU: The NVIDIA driver .* too old \(found version 11040"
+    ):
+        entry.create()
+
+
+def test_torch_without_cuda() -> None:
+    with pytest.raises(RuntimeError, match="cannot use a GPU: Torch not compiled with CUDA enabled"):
+        entry.create()
+
+
+def test_a_model_too_large(gpu: SimpleNamespace, make: Any, tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 32000,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    free = make().memory().free
+    with pytest.raises(
+        MemoryError, match=rf"the weights take [\d,]+ bytes of each device and {free:,} are free: [\d,]+ too few"
+    ):
+        EngineCore(EngineConfig(model=str(tmp_path), load_format="dummy"), make())
 
 
 def test_capabilities(make) -> None:
@@ -71,10 +106,18 @@ def test_capabilities(make) -> None:
     assert (backend.caps.name, backend.caps.device, backend.caps.features) == ("cuda", "Fake GPU", FEATURES)
     assert "eager" in backend.caps.notes[0]
     assert "captured" in make().caps.notes[0]
-    assert backend.memory().free == (1 << 30) + (1 << 19), "what torch holds and does not use is free"
     for spec, why in (
         (KVSpec(1, 2, 512, 16, "bfloat16"), "head_dim 512"),
         (KVSpec(1, 2, 64, 24, "bfloat16"), "page size 24"),
     ):
         with pytest.raises(Unsupported, match=why):
             backend.alloc_kv(spec, 4)
+
+
+def test_memory(gpu: SimpleNamespace, make: Any) -> None:
+    """Free is what torch holds and does not use, too, but not what the largest step will take again."""
+    backend, mib = make(), 1 << 20
+    gpu.kept, gpu.peak = 9 * mib, 5 * mib
+    assert backend.memory().free == (1 << 30) + 9 * mib - mib // 2
+    backend.alloc_kv(KVSpec(1, 2, 64, 16, "bfloat16"), 4)
+    assert backend.memory().free == (1 << 30) + 9 * mib - 5 * mib
