@@ -1,0 +1,87 @@
+"""Attention over the latent cache of MLA, in its absorbed form: every head reads the same row of each token.
+
+    out[t,h] = softmax(scale * (q_latent[t,h] . c + q_rope[t,h] . k)) c    over the rows (c, k) up to t's position
+
+q_latent [T,H,R], q_rope [T,H,Dr], both in the cache's dtype; cache [pages, page, W] with this batch's rows already in
+it, W = width(R, Dr): c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The result is
+[T,H,R] in that dtype and, for merging parts, the natural log of the sum of exponentials, f32[T,H]. bfloat16 or float32;
+sums in float32. What padded rows hold means nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from polyradix_tpu.batch import TILE, JaxMeta, Shape, unpack
+from polyradix_tpu.kernels.chip import chip, tuned
+from polyradix_tpu.kernels.mla_attention import kernel, xla
+from polyradix_tpu.kernels.mla_attention.validate import SPARE, Blocks, check, width
+
+BLOCKS = Path(__file__).with_name("blocks.json")
+
+
+def mla_attention(
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    cache: jax.Array,
+    m: JaxMeta,
+    scale: float,
+    *,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The Pallas kernel. `blocks`: None takes those of blocks.json for the chip in context. `interpret`: as
+    pallas_call's. Raises ValueError for what the kernel does not take, at trace time."""
+    here = chip()
+    blocks = blocks or choose(q_latent.shape[1], cache.shape[1], m.shape.tile)
+    check(q_latent, q_rope, cache, m.shape, blocks, here)
+    q = _joined(q_latent, q_rope, cache.shape[2])
+    return kernel.call(q, q_latent.shape[2], cache, m, scale, blocks, here.vmem - SPARE // 2, interpret)
+
+
+def mla_attention_xla(
+    q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same in plain XLA, for any device."""
+    return xla.attend(_joined(q_latent, q_rope, cache.shape[2]), q_latent.shape[2], cache, m, scale)
+
+
+def choose(heads: int, page: int, tile: int) -> Blocks:
+    """Whole pages, and as many queries as have together the rows that suit the chip."""
+    table = tuned(BLOCKS, chip().name)["decode" if tile == 1 else "prefill"]
+    queries = max(n for n in range(1, tile + 1) if tile % n == 0 and (n == 1 or n * heads <= table["rows"]))
+    return Blocks(max(1, table["keys"] // page) * page, queries)
+
+
+def _joined(q_latent: jax.Array, q_rope: jax.Array, wide: int) -> jax.Array:
+    q = jnp.concatenate([q_latent, q_rope], axis=2)
+    return jnp.pad(q, ((0, 0), (0, 0), (0, wide - q.shape[2])))
+
+
+def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
+    """(label, function, arguments without values, numbers of the donated ones): DeepSeek-V3 with all its heads on a
+    chip (attention is data-parallel) and over 8 chips; contexts of up to 8,192 tokens, 2.5 GiB of cache."""
+    latent, rope, page, bf16 = 512, 64, 64, jnp.bfloat16
+    cache = jax.ShapeDtypeStruct((32768, page, width(latent, rope)), bf16)
+    for heads in (128, 16):
+        for label, tokens, tile in (("decode", 64, 1), ("prefill", 2048, TILE)):
+            shape = Shape(tokens, 64, 8192 // page, tile)
+            args = (
+                jax.ShapeDtypeStruct((tokens, heads, latent), bf16),
+                jax.ShapeDtypeStruct((tokens, heads, rope), bf16),
+                cache,
+                jax.ShapeDtypeStruct((shape.length,), jnp.int32),
+            )
+            yield f"{heads} heads, {label}", partial(_from_vector, shape), args, ()
+
+
+def _from_vector(
+    shape: Shape, q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, vector: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return mla_attention(q_latent, q_rope, cache, unpack(vector, shape), 192**-0.5)

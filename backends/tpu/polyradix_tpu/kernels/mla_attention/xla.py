@@ -1,0 +1,40 @@
+"""The same in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from polyradix_tpu.batch import JaxMeta
+from polyradix_tpu.kernels.xla import BUDGET, HIDDEN, precision
+
+
+def attend(q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float) -> tuple[jax.Array, jax.Array]:
+    """As kernel.call. Tiles take turns where the context of all is more than BUDGET bytes."""
+    context = m.shape.pages * cache.shape[1]
+    one = context * (cache.shape[2] * cache.dtype.itemsize + 4 * q.shape[1] * m.shape.tile)
+    turns = -(-m.shape.tiles * one // BUDGET)
+    each = -(-m.shape.tiles // turns)
+    tiles = [jnp.pad(x, (0, turns * each - len(x))).reshape(turns, each) for x in (m.tile_row, m.tile_seq)]
+
+    def some(at: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _tiles(*at, q, latent, cache, m, scale)
+
+    out, lse = jax.lax.map(some, tiles)
+    return out.reshape(-1, *out.shape[3:])[m.where], lse.reshape(-1, lse.shape[-1])[m.where]
+
+
+def _tiles(
+    first: jax.Array, seqs: jax.Array, q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """The tiles that start at rows `first` [C] of sequences `seqs` [C] -> [C,tile,H,latent], [C,tile,H]."""
+    row = jnp.minimum(first[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)  # [C,tile]
+    held = cache[m.pages[seqs]].reshape(len(seqs), -1, cache.shape[2])
+    at, exact = jnp.arange(held.shape[1]), precision(cache.dtype)
+    held = jnp.where((at < m.kv_len[seqs, None])[..., None], held, 0)  # rows that nobody wrote may be NaN
+    score = scale * jnp.einsum("cqhw,ckw->cqhk", q[row], held, precision=exact, preferred_element_type=jnp.float32)
+    score = jnp.where(at <= m.positions[row][:, :, None, None], score, HIDDEN)
+    lse = jax.nn.logsumexp(score, axis=-1)
+    p = jnp.exp(score - lse[..., None]).astype(cache.dtype)
+    out = jnp.einsum("cqhk,ckr->cqhr", p, held[..., :latent], precision=exact, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype), lse
