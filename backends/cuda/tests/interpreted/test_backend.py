@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,9 @@ import polyradix_cuda.backend
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.capabilities import DeviceLost
 from polyradix.backend.protocol import KVSpec, Limits, Params
+from polyradix.engine.config import EngineConfig
+from polyradix.engine.core import EngineCore
+from polyradix.schedule.params import SamplingParams
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.inputs import Part, Ragged
 from polyradix_conformance.runner import run_case
@@ -155,6 +160,22 @@ def test_a_fetch_under_way(gpu: SimpleNamespace, make: Any) -> None:
         got = pending.result(timeout=1)
         assert got.shape == tuple(x.shape)
         assert np.array_equal(got.astype(np.float32), x.float().numpy())
+
+
+def test_every_size_is_captured_before_there_is_traffic(make: Any, replays: list[int], tmp_path: Path) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64, "tie_word_embeddings": True, "torch_dtype": "float32",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options: dict[str, Any] = {"load_format": "dummy", "progress": False, "max_seqs": 2, "max_tokens_per_step": 4}
+    core = EngineCore(EngineConfig(model=str(tmp_path), **options), make())
+    assert replays == [2, 1]
+    assert core.pages == 2 * 4 + 1
+    core.submit("a", np.arange(4, dtype=np.int32), SamplingParams(max_tokens=2, ignore_eos=True))
+    assert sum(len(chunk.tokens) for _ in range(3) for chunk in core.step()) == 2
+    assert replays == [2, 1, 1]
 
 
 def test_a_fetch_that_takes_long(gpu: SimpleNamespace, make: Any) -> None:
