@@ -59,7 +59,7 @@ class Products(Expansions):
         return w(x).to(x.dtype)
 
     def linear_reduce(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
-        return w(x).to(x.dtype)
+        return self.linear(x, w)
 
     def qkv(self, x: torch.Tensor, w: Linear, heads: Heads) -> tuple[torch.Tensor, ...]:
         parts = self.linear(x, w).view(len(x), heads.q + 2 * heads.kv, heads.dim)

@@ -6,11 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from polyradix_torch.triton.early import early, start
+
 LANES = 1024  # columns of one program of the argmax
 
 
 @triton.jit
-def _norm(x, residual, w, out, total, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x, residual, w, out, total, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < width
@@ -34,7 +37,9 @@ def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
     x = x.contiguous()
     out, width = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(width)
-    _norm[(x.numel() // width,)](x, x, w, out, out, width, eps, False, block, num_warps=_warps(width))
+    _norm[(x.numel() // width,)](
+        x, x, w, out, out, width, eps, False, block, **early(x.device), num_warps=_warps(width)
+    )
     return out
 
 
@@ -45,7 +50,7 @@ def add_rms_norm(
     x, residual = x.contiguous(), residual.contiguous()
     out, total, width = torch.empty_like(x), torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(width)
-    _norm[(len(x),)](x, residual, w, out, total, width, eps, True, block, num_warps=_warps(width))
+    _norm[(len(x),)](x, residual, w, out, total, width, eps, True, block, **early(x.device), num_warps=_warps(width))
     return out, total
 
 
@@ -62,8 +67,9 @@ def _turn(x, out, cos, sin, heads, D: tl.constexpr, HALF: tl.constexpr, PADDED: 
 @triton.jit
 def _rope(
     q, k, q_out, k_out, table, positions, q_row, k_row, HQ, HK,
-    D: tl.constexpr, HALF: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, HALF)[None, :]
     angle = table + tl.load(positions + row).to(tl.int64) * D + d
@@ -82,13 +88,14 @@ def rope(
     half, padded = triton.next_power_of_2(dim // 2), triton.next_power_of_2(heads)
     _rope[(rows,)](
         q, k, q_out, k_out, table, positions, q.stride(0), k.stride(0), heads, kv_heads, dim, half, padded,
-        triton.next_power_of_2(kv_heads), num_warps=_warps(padded * half),
+        triton.next_power_of_2(kv_heads), **early(q.device), num_warps=_warps(padded * half),
     )  # fmt: skip
     return q_out, k_out
 
 
 @triton.jit
-def _gated(x, out, width, BLOCK: tl.constexpr):
+def _gated(x, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
@@ -101,12 +108,13 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     """x [T,2F] -> [T,F]: silu(first half) * second half."""
     width = x.shape[1] // 2
     out = x.new_empty(len(x), width)
-    _gated[(len(x), triton.cdiv(width, 1024))](x.contiguous(), out, width, 1024, num_warps=4)
+    _gated[(len(x), triton.cdiv(width, 1024))](x.contiguous(), out, width, 1024, **early(x.device), num_warps=4)
     return out
 
 
 @triton.jit
-def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr):
+def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < SIZE
@@ -119,11 +127,15 @@ def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor
     """Row t of k and v [T,Hk,D], whose heads are contiguous, into slot slots[t] of the cache [pages,page,Hk,D]."""
     size = k.shape[1] * k.shape[2]
     block = triton.next_power_of_2(size)
-    _write[(len(k),)](k, v, *kv, slots, k.stride(0), v.stride(0), size, block, num_warps=min(8, max(1, block // 256)))
+    _write[(len(k),)](
+        k, v, *kv, slots, k.stride(0), v.stride(0), size, block, **early(k.device),
+        num_warps=min(8, max(1, block // 256)),
+    )  # fmt: skip
 
 
 @triton.jit
-def _best(x, value, index, width, BLOCK: tl.constexpr):
+def _best(x, value, index, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     v = tl.load(x + row * width + at, mask=at < width, other=-float("inf"))
@@ -133,7 +145,8 @@ def _best(x, value, index, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _best_of(value, index, out, parts, BLOCK: tl.constexpr):
+def _best_of(value, index, out, parts, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     v = tl.load(value + row * parts + at, mask=at < parts, other=-float("inf"))
@@ -148,13 +161,14 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     value = torch.empty(rows, parts, dtype=torch.float32, device=x.device)
     index = torch.empty(rows, parts, dtype=torch.int32, device=x.device)
     out = torch.empty(rows, dtype=torch.int32, device=x.device)
-    _best[(rows, parts)](x.contiguous(), value, index, width, LANES, num_warps=4)
-    _best_of[(rows,)](value, index, out, parts, triton.next_power_of_2(parts), num_warps=1)
+    _best[(rows, parts)](x.contiguous(), value, index, width, LANES, **early(x.device), num_warps=4)
+    _best_of[(rows,)](value, index, out, parts, triton.next_power_of_2(parts), **early(x.device), num_warps=1)
     return out
 
 
 @triton.jit
-def _take(tokens, source, prev, count, BLOCK: tl.constexpr):
+def _take(tokens, source, prev, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(source + at, mask=at < count, other=-1)
     token = tl.load(prev + row, mask=row >= 0, other=0)
@@ -163,4 +177,4 @@ def _take(tokens, source, prev, count, BLOCK: tl.constexpr):
 
 def take_previous(tokens: torch.Tensor, source: torch.Tensor, prev: torch.Tensor) -> None:
     """tokens[t] = prev[source[t]] where source[t] >= 0, in place; all int32."""
-    _take[(triton.cdiv(len(source), 1024),)](tokens, source, prev, len(source), 1024)
+    _take[(triton.cdiv(len(source), 1024),)](tokens, source, prev, len(source), 1024, **early(prev.device))

@@ -28,8 +28,8 @@ Kind = Literal["linear", "gated", "logits"]
 @dataclass(frozen=True)
 class Tile:
     """How a product is cut: rows and columns of the weight that a program takes at a time, and into how many parts the
-    columns go. `dot` pads x to 16 rows for the matrix units; without, M is up to 4. `ahead` columns of each row (0, or
-    a power of two from 64 on) are asked for before the kernel that makes x has ended."""
+    columns go. `dot` pads x to 16 rows for the matrix units; without, M is up to 4. `ahead` columns of each row,
+    a multiple of 256, are asked for before the kernel that makes x has ended."""
 
     rows: int
     columns: int
@@ -41,12 +41,13 @@ class Tile:
 
 
 @triton.jit
-def _ask(w, K, begin, AHEAD: tl.constexpr):
-    """Brings the first columns of rows `w` into the L2 cache, by lines of 128 bytes."""
-    at = w[:, None] + tl.minimum(begin + tl.arange(0, AHEAD // 64) * 64, K - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _ask(w, K, begin, ahead):
+    """Brings `ahead` columns of rows `w` into the L2 cache, by lines of 128 bytes."""
+    for c in range(0, ahead, 256):
+        at = w[:, None] + tl.minimum(begin + c + tl.arange(0, 4) * 64, K - 1)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -99,11 +100,11 @@ def _finish(total, bias, out, tile, row, m, M, N, MP: tl.constexpr, ROWS: tl.con
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M)[:, None] & (n < width)[None, :])
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "ahead"])
 def _product(
-    x, w, bias, out, parts, arrived, M, N, K,
+    x, w, bias, out, parts, arrived, M, N, K, ahead,
     MP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr,
-    AHEAD: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, JOIN: tl.constexpr, EVEN: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, JOIN: tl.constexpr, EVEN: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     tile, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -116,8 +117,7 @@ def _product(
     mine, given = w + row * K, x + tl.minimum(m, M - 1) * K
     if EARLY:  # only the weight may be read before the wait, and nothing may be written
         cuda.gdc_launch_dependents()
-        if AHEAD:
-            _ask(mine, K, begin, AHEAD)
+        _ask(mine, K, begin, ahead)
         cuda.gdc_wait()
     if DOT:
         total = _units(given, mine, K, begin, end, MP, ROWS, COLUMNS, STAGES, EVEN)
@@ -163,8 +163,8 @@ def product(
         parts = torch.empty(tile.splits, tiles, padded, tile.rows, dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device)
     _product[(tiles, tile.splits)](
-        x.contiguous(), w, w if bias is None else bias, out, parts, arrived, count, n, k, padded, tile.rows,
-        tile.columns, tile.stages, tile.dot, tile.ahead, kind == "gated", bias is not None, tile.splits > 1,
+        x.contiguous(), w, w if bias is None else bias, out, parts, arrived, count, n, k, tile.ahead, padded,
+        tile.rows, tile.columns, tile.stages, tile.dot, kind == "gated", bias is not None, tile.splits > 1,
         k % tile.columns == 0, **early(x.device), num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -172,7 +172,8 @@ def product(
 
 def name_of(device: torch.device) -> str:
     """Of the file with the GPU's tuned tiles."""
-    return torch.cuda.get_device_name(device).replace(" ", "_") + ".json"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{name.replace(' ', '_')}.json"
 
 
 @cache
@@ -189,6 +190,6 @@ def key_of(kind: Kind, count: int, n: int, k: int) -> str:
 
 def chosen(kind: Kind, x: torch.Tensor, w: torch.Tensor) -> Tile | None:
     """The tile that was measured to be faster than torch on this GPU; None where none was, or none was tried."""
-    if not 0 < len(x) <= MOST or x.device.type != "cuda" or not x.dtype == w.dtype == torch.bfloat16:
+    if not 0 < len(x) <= MOST or not x.dtype == w.dtype == torch.bfloat16:
         return None
     return _tuned(x.device).get(key_of(kind, len(x), *w.shape))

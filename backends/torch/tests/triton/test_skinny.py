@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from polyradix_torch.ops import Linear
 from polyradix_torch.triton import skinny
-from polyradix_torch.triton.skinny import Tile, product
+from polyradix_torch.triton.ops import TritonOps
+from polyradix_torch.triton.skinny import TUNED, Tile, product
 
 LANES = Tile(rows=4, columns=64, warps=4, stages=1)
 UNITS = Tile(rows=16, columns=32, warps=4, stages=3, dot=True)
@@ -40,10 +45,10 @@ def check(got: torch.Tensor, want: np.ndarray) -> None:
     assert (np.abs(got.double().numpy() - want) <= relative * np.abs(want) + 1e-5 * np.abs(want).max()).all()
 
 
-@pytest.mark.parametrize(("n", "k"), [(64, 256), (38, 161), (2, 8), (70, 90)])
+@pytest.mark.parametrize(("n", "k"), [(16, 256), (22, 161), (2, 8)])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("kind", ["linear", "gated", "logits"])
-@pytest.mark.parametrize(("tile", "count"), [(LANES, 1), (LANES, 3), (LANES, 4), (UNITS, 1), (UNITS, 7), (UNITS, 16)])
+@pytest.mark.parametrize(("tile", "count"), [(LANES, 1), (LANES, 2), (LANES, 3), (UNITS, 1), (UNITS, 16)])
 def test_product(tile: Tile, count: int, kind: skinny.Kind, splits: int, n: int, k: int) -> None:
     rng = np.random.default_rng(n * k + count)
     x, w, bias = normal(rng, count, k), normal(rng, n, k), normal(rng, n)
@@ -51,6 +56,14 @@ def test_product(tile: Tile, count: int, kind: skinny.Kind, splits: int, n: int,
         got = product(x, w, b, replace(tile, splits=splits), kind)
         assert got.dtype == (torch.float32 if kind == "logits" else HALF)
         check(got, expected(x, w, b, kind))
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_every_number_of_rows(count: int) -> None:
+    rng = np.random.default_rng(count)
+    x, w = normal(rng, count, 40), normal(rng, 20, 40)
+    for tile in (UNITS, LANES)[: 1 + (count <= 4)]:
+        check(product(x, w, None, tile), expected(x, w, None, "linear"))
 
 
 @pytest.mark.parametrize("tile", [LANES, UNITS])
@@ -87,15 +100,52 @@ def test_more_tiles_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
         product(normal(rng, 1, 128), normal(rng, 24, 128), None, replace(LANES, splits=2))
 
 
+VERBS = {"linear": "linear", "linear_reduce": "linear", "linear_gated": "gated", "logits": "logits"}
+
+
 @pytest.fixture
-def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path):
-    """A GPU with a file of its own: linear by LANES, gated and logits by UNITS, for up to 2 rows."""
+def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[tuple[Tile, str]]]:
+    """What `product` is asked for, on a device with a file: tiles of up to 2 rows for w [32,96], and torch for 1."""
     tiles = {"linear": LANES, "gated": replace(UNITS, splits=2), "logits": UNITS}
     products = {skinny.key_of(kind, 2, 32, 96): vars(tile) for kind, tile in tiles.items()}
-    products[skinny.key_of("linear", 1, 32, 96)] = None
-    (tmp_path / "Some_GPU.json").write_text(json.dumps({"products": products}))
+    products |= {skinny.key_of(kind, 1, 32, 96): None for kind in tiles}
+    (tmp_path / "cpu.json").write_text(json.dumps({"products": products}))
     monkeypatch.setattr(skinny, "TUNED", tmp_path)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    seen = []
+
+    def seeing(*args: Any) -> torch.Tensor:
+        seen.append((args[3], args[4] if len(args) > 4 else "linear"))
+        return product(*args)
+
+    monkeypatch.setattr(skinny, "product", seeing)
     skinny._tuned.cache_clear()
-    yield
+    yield seen
     skinny._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_take_the_tile_of_their_shape(verb: str, made: list[tuple[Tile, str]]) -> None:
+    rng, kind = np.random.default_rng(4), VERBS[verb]
+    bias = None if verb == "logits" else normal(rng, 32)
+    rest = ("silu",) if kind == "gated" else ()
+    for count, n, tiled in ((2, 32, True), (1, 32, False), (3, 32, False), (2, 30, False)):
+        x, w = normal(rng, count, 96), normal(rng, n, 96)
+        b = bias if bias is None else bias[:n]
+        got = getattr(TritonOps(), verb)(x, Linear(w, b), *rest)
+        want = expected(x, w, b, kind)
+        assert got.dtype == (torch.float32 if kind == "logits" else HALF)
+        assert np.abs(got.double().numpy() - want).max() < 0.02 * np.abs(want).max()
+        assert [k for _, k in made] == ([kind] if tiled else [])
+        made.clear()
+    wide = Linear(normal(rng, 32, 96).float(), None)
+    getattr(TritonOps(), verb)(normal(rng, 2, 96).float(), wide, *rest)
+    assert made == [], "float32 is torch's"
+
+
+def test_files_of_tiles_can_be_read() -> None:
+    """Those in the package; a tile is one that its number of rows can have."""
+    for path in TUNED.glob("*.json"):
+        for key, tile in json.loads(path.read_text())["products"].items():
+            kind, count, *_ = key.split()
+            assert kind in VERBS.values()
+            assert tile is None or Tile(**tile).dot or int(count) <= 4
