@@ -15,6 +15,7 @@ Rules every backend keeps:
 * When `caps.batch_invariant` is true, the result for one token does not depend on what else is in the batch: the core
   then promises users that a prefix hit is bit-exact with a miss.
 * What a capability claims must work; what it does not claim must raise `Unsupported`, never return an answer.
+* Want of memory is a MemoryError. Whatever call notices that the device can do nothing more raises `DeviceLost`.
 * A model may be split over tp ranks (tensor parallelism). Every shape, head count and export in this file is the whole
   model's. Only Arrays inside a step are a rank's own, where the shapes below are divided by tp. What the backend cannot
   split evenly raises `Unsupported` or ValueError with the field and its value, before a weight is read.
