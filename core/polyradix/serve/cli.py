@@ -114,7 +114,7 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
     add("--max-seqs", "max_seqs", "requests running at once", type=int)
     add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)
-    add("--mem-fraction", "mem_fraction", "share of free memory for the KV cache; the backend's if not given", type=float)
+    add("--mem-fraction", "mem_fraction", "share of free memory for KV; the backend's if not given", type=float)
     add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
     add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
     add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
