@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import AttnSpec
 
 LOG2E = tl.constexpr(1.4426950408889634)
+PLAN = ("single", "cu_q", "kv_len", "page_start", "pages", "tiles")  # anywhere in a buffer: no code of its own for each
 ROWS = 16  # the least rows of a matrix product; a kv head's query heads are padded up to it
 
 
@@ -34,11 +37,16 @@ class Paged:
 
 @triton.jit
 def _scores(q, k, scale, cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
-    """In units of log2."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """Times _unit they are in units of log2."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
-        s = cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E) / cap)) - 1.0)
-    return s * LOG2E
+        s = cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E * scale / cap))) - 1.0)
+    return s
+
+
+@triton.jit
+def _unit(scale, CAP: tl.constexpr):
+    return LOG2E if CAP else scale * LOG2E
 
 
 @triton.jit
@@ -55,33 +63,46 @@ def _read(
 
 
 @triton.jit
-def _add(acc, total, top, score, v, PRECISION: tl.constexpr):
+def _add(acc, total, top, score, unit, v, PRECISION: tl.constexpr):
     """One block of keys added to the running sums, maximum included."""
-    new = tl.maximum(top, tl.max(score, 1))
+    new = tl.maximum(top, tl.max(score, 1) * unit)
     fix = tl.exp2(top - new)
-    p = tl.exp2(score - new[:, None])
+    p = tl.exp2(score * unit - new[:, None])
     total = total * fix + tl.sum(p, 1)
     return acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION), total, new
 
 
 @triton.jit
+def _join(part, lse, out, head, target, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
+    """The parts of one query head's row, weighed by their sums, into out[target:target+D]."""
+    i, d = tl.arange(0, PADDED), tl.arange(0, DP)
+    logs = tl.load(lse + head * SPLITS + i, mask=i < SPLITS, other=-float("inf"))
+    weight = tl.exp2(logs - tl.max(logs, 0))
+    inside = (i < SPLITS)[:, None] & (d < D)[None, :]
+    x = tl.load(part + (head * SPLITS + i)[:, None] * D + d[None, :], mask=inside, other=0.0)
+    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + target + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit(do_not_specialize_on_alignment=PLAN)
 def _decode(
-    q, keys, values, out, part, lse, single, cu_q, kv_len, page_start, pages, scale, cap, window, q_row, HK,
+    q, keys, values, out, part, lse, arrived, single, cu_q, kv_len, page_start, pages, scale, cap, window, q_row, HK,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, PADDED: tl.constexpr, FUSED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     s = tl.load(single + i)
     token = tl.load(cu_q + s).to(tl.int64)
     n = tl.load(kv_len + s)
     first = tl.maximum(n - window, 0)
-    share = tl.cdiv(tl.cdiv(n - first, SPLITS), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(n - first, SPLITS), 16) * 16
     begin = first + split * share
     end = tl.minimum(begin + share, n)
     g, d = tl.arange(0, GP), tl.arange(0, DP)
     rows = (g < G)[:, None] & (d < D)[None, :]
     query = tl.load(q + token * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
+    unit = _unit(scale, CAP)
     top = tl.full((GP,), -1e30, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
@@ -89,63 +110,96 @@ def _decode(
         at = start + tl.arange(0, BLOCK)
         k, v = _read(keys, values, mine, at, at < end, h, HK, D, DP, PAGE)
         score = tl.where((at < end)[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
-        acc, total, top = _add(acc, total, top, score, v, PRECISION)
+        acc, total, top = _add(acc, total, top, score, unit, v, PRECISION)
+    head = token * HK * G + h * G
     if SPLITS == 1:
         result = acc / total[:, None]
-        head = token * HK * G + h * G + g
-        tl.store(out + head[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
+        tl.store(out + (head + g)[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
     else:
-        place = (i * HK * G + h * G + g) * SPLITS + split
+        own = (i * HK + h) * G
+        place = (own + g) * SPLITS + split
         tl.store(part + place[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=rows)
         tl.store(lse + place, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf")), mask=g < G)
+        if FUSED:
+            tl.debug_barrier()  # every thread's part is written before one thread says so
+            if tl.atomic_add(arrived + i * HK + h, 1) == SPLITS - 1:
+                tl.store(arrived + i * HK + h, 0)
+                for j in range(G):
+                    _join(part, lse, out, own + j, (head + j) * D, D, DP, SPLITS, PADDED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PLAN)
 def _merge(part, lse, out, single, cu_q, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
     heads, h = tl.num_programs(1), tl.program_id(1)
     head = tl.program_id(0).to(tl.int64) * heads + h
     token = tl.load(cu_q + tl.load(single + tl.program_id(0))).to(tl.int64)
-    i, d = tl.arange(0, PADDED), tl.arange(0, DP)
-    logs = tl.load(lse + head * SPLITS + i, mask=i < SPLITS, other=-float("inf"))
-    weight = tl.exp2(logs - tl.max(logs, 0))
-    inside = (i < SPLITS)[:, None] & (d < D)[None, :]
-    x = tl.load(part + (head * SPLITS + i)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + (token * heads + h) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    _join(part, lse, out, head, (token * heads + h) * D, D, DP, SPLITS, PADDED)
 
 
 def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def attend(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], at: Paged, a: AttnSpec) -> torch.Tensor:
-    """Each sequence's query rows, its newest tokens, over its keys: q [T,Hq,D] -> [T,Hq*D]."""
+KV = tuple[torch.Tensor, torch.Tensor]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: KV, at: Paged, a: AttnSpec) -> torch.Tensor:
+    """Each sequence's query rows, its newest tokens, over its keys: q [T,Hq,D] -> [T,Hq*D].
+
+    k and v [T,Hk,D], whose heads are contiguous, are in the cache already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(at.single):
-        _launch_decode(q, kv, out, at, a)
+        launch_decode(q, kv, out, at, a, decode_plan(q))
     if len(at.tiles):
-        _launch_prefill(q, kv, out, at, a)
+        launch_prefill(q, k, v, kv, out, at, a, prefill_plan(q))
     return out.flatten(1)
 
 
-def _launch_decode(
-    q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, at: Paged, a: AttnSpec
-) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is cut and compiled."""
+
+    keys: int  # in a block
+    warps: int
+    stages: int = 3
+    rows: int = 0  # of a prefill's tile
+    dense: bool = False
+    skew: bool = False
+    special: bool = False
+    pack: bool = True
+    fused: bool = False
+
+
+@cache
+def _arrivals(device: torch.device) -> torch.Tensor:
+    """Zeros, as each launch leaves them. One stream at a time may use them."""
+    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+
+def decode_plan(q: torch.Tensor) -> Plan:
+    wide = int(triton.next_power_of_2(q.shape[2]))
+    return Plan(64 if wide * q.element_size() <= 256 else 64 // q.element_size(), 4)
+
+
+def launch_decode(q: torch.Tensor, kv: KV, out: torch.Tensor, at: Paged, a: AttnSpec, plan: Plan) -> None:
     count, (_, heads, dim), splits = len(at.single), q.shape, at.splits
     page, kv_heads = kv[0].shape[1:3]
     group, wide = heads // kv_heads, triton.next_power_of_2(dim)
-    part, lse = out, out
+    part, lse, arrived = out, out, at.single
     if splits > 1:
         part = torch.empty(count, heads, splits, dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
-    block = 64 if wide * q.element_size() <= 256 else 64 // q.element_size()
+    fused = plan.fused and splits > 1
+    if fused:
+        arrived = _arrivals(q.device)
+    padded = triton.next_power_of_2(splits)
     _decode[(count, kv_heads, splits)](
-        q, *kv, out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale, a.softcap or 0.0,
-        a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)), dim, wide, page,
-        block, splits, a.softcap is not None, _precision(q), num_warps=4, num_stages=3,
+        q, *kv, out, part, lse, arrived, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale,
+        a.softcap or 0.0, a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)),
+        dim, wide, page, plan.keys, splits, padded, fused, a.softcap is not None, _precision(q),
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    if splits > 1:
-        padded = triton.next_power_of_2(splits)
+    if splits > 1 and not fused:
         _merge[(count, heads)](part, lse, out, at.single, at.cu_q, dim, wide, splits, padded, num_warps=2)
 
 
@@ -155,6 +209,8 @@ def _blocks(
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Keys at positions begin to end, out of the pages; MASKED where not every row sees them all."""
+    unit = _unit(scale, CAP)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         k, v = _read(keys, values, mine, at, at < n, h, HK, D, DP, PAGE)
@@ -162,51 +218,88 @@ def _blocks(
         if MASKED:
             seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
             score = tl.where(seen, score, -float("inf"))
-        acc, total, top = _add(acc, total, top, score, v, PRECISION)
+        acc, total, top = _add(acc, total, top, score, unit, v, PRECISION)
     return acc, total, top
 
 
 @triton.jit
+def _dense(
+    acc, total, top, query, k, v, scale, cap, begin, end, column, BLOCK: tl.constexpr, SKEW: tl.constexpr,
+    SPECIAL: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys in rows begin to end of the batch, whole blocks that every row sees."""
+    unit = _unit(scale, CAP)
+    if SKEW:
+        if begin < end:
+            score = _scores(query, k.load([begin, column]), scale, cap, CAP, PRECISION)
+            for row in range(begin, end - BLOCK, BLOCK):
+                following = _scores(query, k.load([row + BLOCK, column]), scale, cap, CAP, PRECISION)
+                acc, total, top = _add(acc, total, top, score, unit, v.load([row, column]), PRECISION)
+                score = following
+            acc, total, top = _add(acc, total, top, score, unit, v.load([end - BLOCK, column]), PRECISION)
+    else:
+        for row in tl.range(begin, end, BLOCK, warp_specialize=SPECIAL):
+            score = _scores(query, k.load([row, column]), scale, cap, CAP, PRECISION)
+            acc, total, top = _add(acc, total, top, score, unit, v.load([row, column]), PRECISION)
+    return acc, total, top
+
+
+@triton.jit(do_not_specialize_on_alignment=PLAN)
 def _prefill(
-    q, keys, values, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, v, keys, values, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
+    G: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr, SKEW: tl.constexpr, SPECIAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
-    s, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
+    """A tile's rows are TILE // PACK tokens of PACK query heads of one kv head."""
+    TOKENS: tl.constexpr = TILE // PACK
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
+    h, part = tl.program_id(0) // G, tl.program_id(0) % G
+    s, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1) + part % PACK * TOKENS
     q0 = tl.load(cu_q + s)
     count, n = tl.load(cu_q + s + 1) - q0, tl.load(kv_len + s)
-    i, d = first + tl.arange(0, TILE), tl.arange(0, DP)
+    if first >= count:
+        return
+    r, d = tl.arange(0, TILE), tl.arange(0, DP)
+    i, head = first + r // PACK, h * G + part // PACK * PACK + r % PACK
     position = n - count + i
     rows = (i < count)[:, None] & (d < D)[None, :]
     token = (q0 + i).to(tl.int64)
-    query = tl.load(q + token[:, None] * q_row + head * D + d[None, :], mask=rows, other=0.0)
+    query = tl.load(q + (token * q_row + head * D)[:, None] + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
     top = tl.full((TILE,), -1e30, tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     acc = tl.zeros((TILE, DP), tl.float32)
     low = n - count + first  # the first row's position
-    end = tl.minimum(low + TILE, n)
+    end = tl.minimum(low + TOKENS, n)
     begin = tl.maximum(low - window + 1, 0) // BLOCK * BLOCK
     whole = tl.maximum((low + 1) // BLOCK * BLOCK, begin)  # blocks before it are seen by every row
     inner = begin
-    if window < (1 << 30):
-        inner = tl.minimum(tl.maximum(tl.cdiv(low + TILE - window, BLOCK) * BLOCK, begin), whole)
-    h = head // G
+    if WINDOW:
+        inner = tl.minimum(tl.maximum(tl.cdiv(low + TOKENS - window, BLOCK) * BLOCK, begin), whole)
+        acc, total, top = _blocks(
+            acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, n,
+            D, DP, PAGE, BLOCK, True, CAP, PRECISION,
+        )  # fmt: skip
+    middle = whole
+    if DENSE:
+        middle = tl.minimum(tl.maximum(tl.cdiv(n - count, BLOCK) * BLOCK, inner), whole)
     acc, total, top = _blocks(
-        acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, n,
-        D, DP, PAGE, BLOCK, True, CAP, PRECISION,
-    )  # fmt: skip
-    acc, total, top = _blocks(
-        acc, total, top, query, keys, values, mine, scale, cap, window, inner, whole, position, h, HK, n,
+        acc, total, top, query, keys, values, mine, scale, cap, window, inner, middle, position, h, HK, n,
         D, DP, PAGE, BLOCK, False, CAP, PRECISION,
     )  # fmt: skip
+    if DENSE:
+        shift = q0 - (n - count)
+        acc, total, top = _dense(
+            acc, total, top, query, k, v, scale, cap, middle + shift, whole + shift, h * D, BLOCK, SKEW, SPECIAL,
+            CAP, PRECISION,
+        )  # fmt: skip
     acc, total, top = _blocks(
         acc, total, top, query, keys, values, mine, scale, cap, window, whole, end, position, h, HK, n,
         D, DP, PAGE, BLOCK, True, CAP, PRECISION,
     )  # fmt: skip
-    result = acc / total[:, None]
-    tl.store(out + (token[:, None] * HQ + head) * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + ((token * HQ + head) * D)[:, None] + d[None, :], result, mask=rows)
 
 
 # By bytes of a number and padded head: query rows and warps of a prefill's tile, and its keys on chips with little and
@@ -240,14 +333,31 @@ def tile_rows(dim: int, bytes_each: int) -> int:
     return PREFILL[bytes_each, _padded(dim)][0]
 
 
-def _launch_prefill(
-    q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor, at: Paged, a: AttnSpec
+def prefill_plan(q: torch.Tensor) -> Plan:
+    rows, warps, *keys = PREFILL[q.element_size(), _padded(q.shape[2])]
+    much = _shared(q.device) >= MUCH
+    return Plan(keys[much], warps, rows=rows, dense=much and q.element_size() == 2)
+
+
+def _descriptor(x: torch.Tensor, block: int) -> TensorDescriptor | None:
+    """Of `block` rows of one head of x [T,Hk,D], if the hardware can read it so."""
+    tokens, heads, dim = x.shape
+    step = x.stride(0) * x.element_size()
+    if dim < 16 or dim & (dim - 1) or x.stride(1) != dim or step % 16 or x.data_ptr() % 16:
+        return None
+    return TensorDescriptor(x, [tokens, heads * dim], [x.stride(0), 1], [block, dim])
+
+
+def launch_prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: KV, out: torch.Tensor, at: Paged, a: AttnSpec, plan: Plan
 ) -> None:
     _, heads, dim = q.shape
     page, kv_heads = kv[0].shape[1:3]
-    tile, warps, *keys = PREFILL[q.element_size(), _padded(dim)]
+    group = heads // kv_heads
+    dense = [_descriptor(x, plan.keys) for x in (k, v)] if plan.dense else [None, None]
     _prefill[(heads, len(at.tiles))](
-        q, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
-        a.window or 1 << 30, q.stride(0), heads, kv_heads, heads // kv_heads, dim, triton.next_power_of_2(dim), page,
-        tile, keys[_shared(q.device) >= MUCH], a.softcap is not None, _precision(q), num_warps=warps, num_stages=3,
+        q, *dense, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
+        a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows) if plan.pack else 1, dim,
+        triton.next_power_of_2(dim), page, plan.rows, plan.keys, None not in dense, plan.skew, plan.special,
+        a.window is not None, a.softcap is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -47,7 +47,7 @@ class TritonOps(Products):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
         rows.write(k, v, kv, m.slots)
-        return attention.attend(q, kv, m.paged, a), kv
+        return attention.attend(q, k, v, kv, m.paged, a), kv
 
     def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
         if kind != "silu":

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +55,8 @@ def launches() -> Iterator[Launch]:
     """Llama-like shapes in bfloat16, and what float32 conformance adds: the widest heads."""
     import torch
 
-    from polyradix_torch.triton import rows
+    from polyradix_torch.triton import rows, skinny
+    from polyradix_torch.triton.skinny import Tile
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -73,6 +75,12 @@ def launches() -> Iterator[Launch]:
     yield "width 14336", lambda: rows.gated(empty(64, 28672))
     yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=torch.float32))
     yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
+    lanes, units = Tile(4, 1024, 4, 1, splits=2, ahead=256), Tile(64, 128, 4, 4, splits=4, dot=True)
+    pipelined = Tile(4, 512, 4, 4)
+    for kind in ("linear", "gated", "logits"):
+        for count, tile in ((1, lanes), (1, pipelined), (2, pipelined), (4, Tile(4, 512, 4, 1)), (16, units)):
+            given = empty(count, 4096), empty(8192, 4096), None, tile, kind
+            yield f"{kind} M{count} {tile.rows}x{tile.columns}", partial(skinny.product, *given)
     for name, dim, group, softcap in (
         ("bfloat16", 64, 8, None),
         ("bfloat16", 128, 4, None),
@@ -97,11 +105,12 @@ def attend(dtype: Any, dim: int, group: int, splits: int, softcap: float | None 
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
     heads = Heads(8 * group, 8, dim)
-    q = torch.empty(512, heads.q + 2 * heads.kv, dim, dtype=dtype, device="meta")[:, : heads.q]
+    qkv = torch.empty(512, heads.q + 2 * heads.kv, dim, dtype=dtype, device="meta")
+    q, k, v = qkv.split([heads.q, heads.kv, heads.kv], dim=1)
     cache = torch.empty(256, 16, heads.kv, dim, dtype=dtype, device="meta")
     single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
     at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles)
-    return lambda: attention.attend(q, (cache, cache), at, AttnSpec(heads, dim**-0.5, None, softcap))
+    return lambda: attention.attend(q, k, v, (cache, cache), at, AttnSpec(heads, dim**-0.5, None, softcap))
 
 
 def compile_all(chip: str, todo: Iterator[Launch], seconds: float = SECONDS) -> Iterator[Built]:

@@ -39,8 +39,8 @@ def test_case(case: Case, backends: dict[int, Interpreted]) -> None:
 def test_a_window_one_too_wide_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention.attend
 
-    def wide(q: Any, kv: Any, at: Any, a: AttnSpec) -> Any:
-        return right(q, kv, at, replace(a, window=a.window and a.window + 1))
+    def wide(q: Any, k: Any, v: Any, kv: Any, at: Any, a: AttnSpec) -> Any:
+        return right(q, k, v, kv, at, replace(a, window=a.window and a.window + 1))
 
     monkeypatch.setattr(attention, "attend", wide)
     case = next(c for c in CASES if c.id == "L1/attend/mixed/window-7/bfloat16")
