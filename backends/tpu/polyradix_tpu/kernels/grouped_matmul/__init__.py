@@ -17,9 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from polyradix_tpu.kernels.chip import chip, tuned
+from polyradix_tpu.kernels.chip import tuned
 from polyradix_tpu.kernels.grouped_matmul import kernel
-from polyradix_tpu.kernels.grouped_matmul.validate import SPARE, Blocks, check, fit
+from polyradix_tpu.kernels.grouped_matmul.validate import Blocks, fit, problems
 from polyradix_tpu.kernels.xla import precision
 
 BLOCKS = Path(__file__).with_name("blocks.json")
@@ -36,19 +36,18 @@ def grouped_matmul(
 ) -> jax.Array:
     """The Pallas kernel. `blocks`: None takes those of blocks.json for the chip in context. `interpret`: as
     pallas_call's. Raises ValueError for what the kernel does not take, at trace time."""
-    here = chip()
     blocks = blocks or choose(lhs, rhs)
-    check(lhs, rhs, group_sizes, blocks, here)
-    return kernel.call(lhs, rhs, group_sizes, blocks, here.vmem - SPARE // 2, interpret)
+    found = problems(lhs, rhs, group_sizes, blocks)
+    if found:
+        raise ValueError("; ".join(found))
+    return kernel.call(lhs, rhs, group_sizes, blocks, interpret)
 
 
 def choose(lhs: Any, rhs: Any) -> Blocks:
-    """Rows by how many a group has on average, if all have some."""
-    here = chip()
-    table = tuned(BLOCKS, here.name)
-    mean = lhs.shape[0] / rhs.shape[0]
-    rows, columns = next(entry for upto, *entry in table["upto_rows_columns"] if mean <= upto or upto == 0)
-    return fit(lhs.shape[1], Blocks(rows, columns), lhs.dtype.itemsize, here)
+    """Those for few rows a group, or for many: the mean, were no group empty."""
+    table = tuned(BLOCKS)
+    few = lhs.shape[0] <= table["few_rows"] * rhs.shape[0]
+    return fit(lhs.shape[1], Blocks(**table["few" if few else "many"]), lhs.dtype.itemsize)
 
 
 def xla(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -62,8 +61,8 @@ def xla(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
     """(label, function, arguments without values, numbers of the donated ones) at serving shapes, for one chip:
-    Qwen3-30B-A3B at tp=4, and DeepSeek-V3 with its 256 experts over 32 chips, both 8 experts a token."""
-    layers = {"Qwen3-30B-A3B": (128, 2048, 192, 8), "DeepSeek-V3": (8, 7168, 2048, 8)}
+    Qwen3-30B-A3B with its experts over 4 chips, and DeepSeek-V3 over 32, both with 8 experts a token."""
+    layers = {"Qwen3-30B-A3B": (32, 2048, 768, 8), "DeepSeek-V3": (8, 7168, 2048, 8)}
     for model, (experts, hidden, ffn, topk) in layers.items():
         for step, tokens in (("decode", 64), ("prefill", 2048)):
             for part, n, k in (("gate_up", 2 * ffn, hidden), ("down", hidden, ffn)):

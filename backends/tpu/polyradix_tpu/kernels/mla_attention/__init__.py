@@ -3,7 +3,7 @@
     out[t,h] = softmax(scale * (q_latent[t,h] . c + q_rope[t,h] . k)) c    over the rows (c, k) up to t's position
 
 q_latent [T,H,R], q_rope [T,H,Dr], both in the cache's dtype; cache [pages, page, W] with this batch's rows already in
-it, W = width(R, Dr): c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The result is
+it, W = R + Dr in whole tiles of 128: c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The result is
 [T,H,R] in that dtype and, for merging parts, the natural log of the sum of exponentials, f32[T,H]. bfloat16 or float32;
 sums in float32. What padded rows hold means nothing.
 """
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from polyradix_tpu.batch import TILE, JaxMeta, Shape, unpack
-from polyradix_tpu.kernels.chip import chip, tuned
+from polyradix_tpu.kernels.chip import tuned
 from polyradix_tpu.kernels.mla_attention import kernel, xla
-from polyradix_tpu.kernels.mla_attention.validate import SPARE, Blocks, check, width
+from polyradix_tpu.kernels.mla_attention.validate import Blocks, lanes, problems
 
 BLOCKS = Path(__file__).with_name("blocks.json")
 
@@ -38,37 +38,32 @@ def mla_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """The Pallas kernel. `blocks`: None takes those of blocks.json for the chip in context. `interpret`: as
     pallas_call's. Raises ValueError for what the kernel does not take, at trace time."""
-    here = chip()
-    blocks = blocks or choose(q_latent.shape[1], cache.shape[1], m.shape.tile)
-    check(q_latent, q_rope, cache, m.shape, blocks, here)
-    q = _joined(q_latent, q_rope, cache.shape[2])
-    return kernel.call(q, q_latent.shape[2], cache, m, scale, blocks, here.vmem - SPARE // 2, interpret)
+    blocks = blocks or choose(q_latent.shape[1], cache.shape[1], m.shape)
+    found = problems(q_latent, q_rope, cache, m.shape, blocks)
+    if found:
+        raise ValueError("; ".join(found))
+    return kernel.call(q_latent, q_rope, cache, m, scale, blocks, interpret)
 
 
 def mla_attention_xla(
     q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """The same in plain XLA, for any device."""
-    return xla.attend(_joined(q_latent, q_rope, cache.shape[2]), q_latent.shape[2], cache, m, scale)
-
-
-def choose(heads: int, page: int, tile: int) -> Blocks:
-    """Whole pages, and as many queries as have together the rows that suit the chip."""
-    table = tuned(BLOCKS, chip().name)["decode" if tile == 1 else "prefill"]
-    queries = max(n for n in range(1, tile + 1) if tile % n == 0 and (n == 1 or n * heads <= table["rows"]))
-    return Blocks(max(1, table["keys"] // page) * page, queries)
-
-
-def _joined(q_latent: jax.Array, q_rope: jax.Array, wide: int) -> jax.Array:
     q = jnp.concatenate([q_latent, q_rope], axis=2)
-    return jnp.pad(q, ((0, 0), (0, 0), (0, wide - q.shape[2])))
+    return xla.attend(q, q_latent.shape[2], cache, m, scale)
+
+
+def choose(heads: int, page: int, shape: Shape) -> Blocks:
+    """Whole pages; and one query in a decode, else as many as suit the chip."""
+    table = tuned(BLOCKS)["decode" if shape.tile == 1 else "prefill"]
+    return Blocks(max(1, table["keys"] // page) * page, 1 if shape.tile == 1 else max(1, table["rows"] // heads))
 
 
 def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
     """(label, function, arguments without values, numbers of the donated ones): DeepSeek-V3 with all its heads on a
     chip (attention is data-parallel) and over 8 chips; contexts of up to 8,192 tokens, 2.5 GiB of cache."""
     latent, rope, page, bf16 = 512, 64, 64, jnp.bfloat16
-    cache = jax.ShapeDtypeStruct((32768, page, width(latent, rope)), bf16)
+    cache = jax.ShapeDtypeStruct((32768, page, lanes(latent + rope)), bf16)
     for heads in (128, 16):
         for label, tokens, tile in (("decode", 64, 1), ("prefill", 2048, TILE)):
             shape = Shape(tokens, 64, 8192 // page, tile)

@@ -1,157 +1,181 @@
-"""Attention over latent rows: a tile of queries at a time, keys fetched ahead by DMA, across tiles as well."""
+"""Attention over latent rows, a unit at a time: some neighbouring queries of one sequence, with all their heads. Keys
+are fetched by DMA while those before them are met, across units as well; so are queries."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from math import e, log, log2
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels.mla_attention.validate import LANES, Blocks
+from polyradix_tpu.kernels.mla_attention.validate import LANES, VMEM, Blocks, units
 from polyradix_tpu.kernels.xla import HIDDEN, precision
+
+Ref: TypeAlias = Any
+Pairs: TypeAlias = Callable[[Any], Iterable[tuple[Ref, Ref]]]
 
 
 class Plan(NamedTuple):
-    """What each tile needs, i32 [tiles] unless said; what comes after the batch's last tile means nothing."""
+    """What each unit works on, all i32 [units]; what comes after the batch's last unit means nothing."""
 
-    pages: jax.Array  # [S*P]
     seq: jax.Array
+    row: jax.Array  # of its first query in the batch
+    count: jax.Array  # of its queries
     first: jax.Array  # position of its first query
-    keys: jax.Array  # that its last query sees
-    turn: jax.Array  # blocks of keys that earlier tiles fetched
+    turn: jax.Array  # blocks of keys that the units before it fetch
 
 
-def plan(m: JaxMeta, keys: int) -> tuple[Plan, jax.Array]:
-    """And how many tiles there are."""
-    first = m.positions[m.tile_row]
-    bound = jnp.minimum(m.kv_len[m.tile_seq], first + m.shape.tile)
-    blocks = pl.cdiv(bound, keys)
-    p = Plan(m.pages.reshape(-1), m.tile_seq, first, bound, jnp.cumsum(blocks) - blocks)
-    return p, jnp.max(m.where) // m.shape.tile + 1
+class Sizes(NamedTuple):
+    pages: int  # of a sequence, in the page table
+    heads: int
+    latent: int
+    rope: int
+    scale: float
+    blocks: Blocks
 
 
-class _Kernel:
-    """The sizes that are known when it is traced. Scores are in units of log 2."""
+def plan(m: JaxMeta, blocks: Blocks) -> tuple[Plan, jax.Array]:
+    """And how many units there are."""
+    counts = pl.cdiv(m.cu_q[1:] - m.cu_q[:-1], blocks.queries)
+    until = jnp.cumsum(counts)
+    unit = jnp.arange(units(m.shape, blocks.queries))
+    seq = jnp.minimum(jnp.sum(until <= unit[:, None], axis=1), m.shape.seqs - 1)
+    row = m.cu_q[seq] + (unit - (until - counts)[seq]) * blocks.queries
+    count = jnp.minimum(m.cu_q[seq + 1] - row, blocks.queries)
+    first = m.positions[row]
+    fetched = pl.cdiv(first + count, blocks.keys)
+    return Plan(seq, row, count, first, jnp.cumsum(fetched) - fetched), until[-1]
 
-    def __init__(self, pages: int, heads: int, latent: int, scale: float, blocks: Blocks) -> None:
-        self.pages, self.heads, self.latent, self.blocks = pages, heads, latent, blocks
-        self.scale = scale * log2(e)
 
-    def __call__(self, *refs: Any) -> None:
-        p, (q, cache, out, *lse), (held, arrived, top, total, acc) = Plan(*refs[:5]), refs[5:-5], refs[-5:]
-        tile, keys = pl.program_id(0), self.blocks.keys
-        first, bound, turn = p.first[tile], p.keys[tile], p.turn[tile]
-        count = pl.cdiv(bound, keys)
+def _move(count: Any, pairs: Pairs, sem: Ref, wait: bool = False) -> None:
+    """Starts copies from one to the other of pairs(i), i < count, or waits for them."""
 
-        def fetch(tile: Any, block: Any, slot: Any, wait: bool) -> None:
-            page = held.shape[2]
-            at = p.seq[tile] * self.pages + block * held.shape[1]
+    def one(i: Any, _: None) -> None:
+        for source, target in pairs(i):
+            copy = pltpu.make_async_copy(source, target, sem)
+            copy.wait() if wait else copy.start()
 
-            @pl.loop(0, jnp.minimum(held.shape[1], pl.cdiv(p.keys[tile] - block * keys, page)))
-            def _(i: Any) -> None:
-                copy = pltpu.make_async_copy(cache.at[p.pages[at + i]], held.at[slot, i], arrived.at[slot])
-                copy.wait() if wait else copy.start()
+    lax.fori_loop(0, count, one, None)
 
-        @pl.when(tile == 0)
-        def _() -> None:
-            fetch(0, 0, 0, wait=False)
 
-        top[...] = jnp.full_like(top, HIDDEN)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
+def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
+    p, (q_latent, q_rope, cache, out, lse) = Plan(*refs[:5]), refs[5:10]
+    latent, rope, held, done, logs, top, total, acc, asked, arrived, sent = refs[10:]
+    unit, last, keys = pl.program_id(0), pl.num_programs(0) - 1, z.blocks.keys
 
-        def meet(block: Any, masked: bool) -> None:
-            slot = (turn + block) % 2
-            more = block + 1 < count
-            then = jnp.where(more, tile, tile + 1)
+    def queries(unit: Any, wait: bool = False) -> None:
+        row, slot = p.row[unit], unit % 2
+        pairs = ((q_latent, latent), (q_rope, rope))
+        _move(p.count[unit], lambda i: ((x.at[row + i], y.at[slot, i]) for x, y in pairs), asked.at[slot], wait)
 
-            @pl.when(then < pl.num_programs(0))
-            def _() -> None:
-                fetch(then, jnp.where(more, block + 1, 0), 1 - slot, wait=False)
+    def rows(unit: Any, block: Any, slot: Any, wait: bool = False) -> None:
+        at, most = p.seq[unit] * z.pages + block * held.shape[1], held.shape[1]
+        left = pl.cdiv(p.first[unit] + p.count[unit] - block * keys, held.shape[2])
+        _move(jnp.minimum(left, most), lambda i: [(cache.at[pages[at + i]], held.at[slot, i])], arrived.at[slot], wait)
 
-            fetch(tile, block, slot, wait=True)
-            rows = held[slot].reshape(keys, -1)
-            if masked:  # rows that nobody wrote may be NaN
-                at = jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-                rows = jnp.where(at < bound - block * keys, rows, jnp.zeros_like(rows))
+    def results(unit: Any, wait: bool = False) -> None:
+        row = p.row[unit]
+        _move(p.count[unit], lambda i: [(done.at[i], out.at[row + i]), (logs.at[i], lse.at[row + i])], sent, wait)
 
-            @pl.loop(0, q.shape[1] // (self.blocks.queries * self.heads))
-            def _(i: Any) -> None:
-                self._step(i, rows, first - block * keys if masked else None, q, top, total, acc)
+    def begin() -> None:
+        queries(0)
+        rows(0, 0, 0)
 
-        clear = (first + 1) // keys  # blocks that every query of the tile sees all of
-        pl.loop(0, clear)(lambda block: meet(block, masked=False))
-        pl.loop(clear, count)(lambda block: meet(block, masked=True))
-        out[0] = (acc[...] / total[:, :1]).astype(out.dtype)
-        for x in lse:
-            x[0] = (top[:, :1] + jnp.log2(total[:, :1])) * log(2)
+    pl.when(unit == 0)(begin)
+    pl.when(unit < last)(lambda: queries(unit + 1))
+    queries(unit, wait=True)
+    top[...], total[...], acc[...] = jnp.full_like(top, HIDDEN), jnp.zeros_like(total), jnp.zeros_like(acc)
+    seen = p.first[unit] + p.count[unit]
+    count = pl.cdiv(seen, keys)
 
-    def _step(self, i: Any, rows: jax.Array, first: Any, q: Any, top: Any, total: Any, acc: Any) -> None:
-        """Queries of group i meet the keys `rows`; query 0 sees those up to number `first`, all if None."""
-        size, exact = self.blocks.queries * self.heads, precision(rows.dtype)
-        mine = pl.ds(i * size, size)
-        score = jax.lax.dot_general(
-            q[0, mine], rows, (((1,), (1,)), ((), ())), precision=exact, preferred_element_type=jnp.float32
-        )
-        score *= self.scale
-        if first is not None:
-            query = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0) // self.heads + i * self.blocks.queries
-            key = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
-            score = jnp.where(key <= first + query, score, HIDDEN)
-        old = top[mine, :1]
-        new = jnp.maximum(old, jnp.max(score, axis=1, keepdims=True))
-        p = jnp.exp2(score - new)
-        fade = jnp.exp2(old - new)
-        part = jax.lax.dot_general(
-            p.astype(rows.dtype),
-            rows[:, : self.latent],
-            (((1,), (0,)), ((), ())),
-            precision=exact,
-            preferred_element_type=jnp.float32,
-        )
-        acc[mine] = acc[mine] * fade + part
-        sums = total[mine, :1] * fade + jnp.sum(p, axis=1, keepdims=True)
-        total[mine] = jnp.broadcast_to(sums, (size, LANES))
-        top[mine] = jnp.broadcast_to(new, (size, LANES))
+    def meet(masked: bool, block: Any, _: None) -> None:
+        slot = (p.turn[unit] + block) % 2
+        more = block + 1 < count
+        then = jnp.where(more, unit, unit + 1)
+        pl.when(then <= last)(lambda: rows(then, jnp.where(more, block + 1, 0), 1 - slot))
+        rows(unit, block, slot, wait=True)
+        found = held[slot].reshape(keys, -1)
+        first = None
+        if masked:
+            at = lax.broadcasted_iota(jnp.int32, found.shape, 0)  # rows that nobody wrote may be NaN
+            found = jnp.where(at < seen - block * keys, found, jnp.zeros_like(found))
+            first = p.first[unit] - block * keys
+        both = (x[unit % 2].reshape(-1, x.shape[3]) for x in (latent, rope))
+        _fold(z, *both, found, first, top, total, acc)
+
+    clear = (p.first[unit] + 1) // keys  # blocks that all queries see all of
+    lax.fori_loop(0, clear, partial(meet, False), None)
+    lax.fori_loop(clear, count, partial(meet, True), None)
+    pl.when(unit > 0)(lambda: results(unit - 1, wait=True))
+    done[...] = (acc[...] / total[:, :1]).astype(done.dtype).reshape(done.shape)
+    logs[...] = ((top[...] + jnp.log2(total[...])) * log(2)).reshape(logs.shape)
+    results(unit)
+    pl.when(unit == last)(lambda: results(unit, wait=True))
+
+
+def _fold(
+    z: Sizes, latent: jax.Array, rope: jax.Array, found: jax.Array, first: Any, top: Ref, total: Ref, acc: Ref
+) -> None:
+    """Queries [queries*H] meet the keys `found`; query 0 sees those up to number `first`, all if that is None. Scores
+    are in units of log 2."""
+    dot = partial(lax.dot_general, precision=precision(found.dtype), preferred_element_type=jnp.float32)
+    across = (((1,), (1,)), ((), ()))
+    score = dot(latent, found[:, : z.latent], across) + dot(rope, found[:, z.latent : z.latent + z.rope], across)
+    score *= z.scale * log2(e)
+    if first is not None:
+        query = lax.broadcasted_iota(jnp.int32, (len(latent), 1), 0) // z.heads
+        score = jnp.where(lax.broadcasted_iota(jnp.int32, score.shape, 1) <= first + query, score, HIDDEN)
+    old = top[...]
+    new = jnp.maximum(old, jnp.max(score, axis=1, keepdims=True))
+    p, fade = jnp.exp2(score - new[:, :1]), jnp.exp2(old - new)
+    top[...] = new
+    total[...] = total[...] * fade + jnp.sum(p, axis=1, keepdims=True)
+    acc[...] = acc[...] * fade[:, :1] + dot(p.astype(found.dtype), found[:, : z.latent], (((1,), (0,)), ((), ())))
 
 
 def call(
-    q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float, blocks: Blocks, vmem: int, interpret: Any
+    q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float, blocks: Blocks, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T,H,W] as wide as the cache -> [T,H,latent] in its dtype, and the log of the sum of exponentials, f32[T,H].
-    `vmem`: bytes that the kernel may use."""
-    p, tiles = plan(m, blocks.keys)
-    heads, (_, page, wide) = q.shape[1], cache.shape
-    row = jnp.minimum(m.tile_row[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)
-    rows, dtype = m.shape.tile * heads, q.dtype
+    """See the package."""
+    p, count = plan(m, blocks)
+    (tokens, heads, latent), rope, (_, page, wide) = q_latent.shape, q_rope.shape[2], cache.shape
+    each, dtype = (blocks.queries, heads), cache.dtype
+    state = pltpu.VMEM((blocks.queries * heads, LANES), jnp.float32)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, lse = pl.pallas_call(
-        _Kernel(m.shape.pages, heads, latent, scale, blocks),
+        partial(_kernel, Sizes(m.shape.pages, heads, latent, rope, scale, blocks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(p),
-            grid=(tiles,),
-            in_specs=[
-                pl.BlockSpec((1, rows, wide), lambda i, *_: (i, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
-            ],
-            out_specs=[pl.BlockSpec((1, rows, n), lambda i, *_: (i, 0, 0)) for n in (latent, 1)],
+            num_scalar_prefetch=1 + len(p),
+            grid=(count,),
+            in_specs=[anywhere] * 3,
+            out_specs=[anywhere] * 2,
             scratch_shapes=[
+                pltpu.VMEM((2, *each, latent), dtype),
+                pltpu.VMEM((2, *each, rope), dtype),
                 pltpu.VMEM((2, blocks.keys // page, page, wide), dtype),
+                pltpu.VMEM((*each, latent), dtype),
+                pltpu.VMEM((*each, LANES), jnp.float32),
+                state,
+                state,
+                pltpu.VMEM((blocks.queries * heads, latent), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, latent), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA,
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((m.shape.tiles, rows, latent), dtype),
-            jax.ShapeDtypeStruct((m.shape.tiles, rows, 1), jnp.float32),
+            jax.ShapeDtypeStruct((tokens, heads, latent), dtype),
+            jax.ShapeDtypeStruct((tokens, heads, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=vmem),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM + (4 << 20)),
         interpret=interpret,
         name="mla_attention",
-    )(*p, q[row].reshape(-1, rows, wide), cache)
-    return out.reshape(-1, heads, latent)[m.where], lse.reshape(-1, heads)[m.where]
+    )(m.pages.reshape(-1), *p, q_latent, q_rope, cache)
+    return out, lse[:, :, 0]

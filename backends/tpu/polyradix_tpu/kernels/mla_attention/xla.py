@@ -10,7 +10,7 @@ from polyradix_tpu.kernels.xla import BUDGET, HIDDEN, precision
 
 
 def attend(q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float) -> tuple[jax.Array, jax.Array]:
-    """As kernel.call. Tiles take turns where the context of all is more than BUDGET bytes."""
+    """q [T,H,R+Dr]; otherwise as kernel.call. Tiles take turns where the context of all is more than BUDGET bytes."""
     context = m.shape.pages * cache.shape[1]
     one = context * (cache.shape[2] * cache.dtype.itemsize + 4 * q.shape[1] * m.shape.tile)
     turns = -(-m.shape.tiles * one // BUDGET)
@@ -29,7 +29,7 @@ def _tiles(
 ) -> tuple[jax.Array, jax.Array]:
     """The tiles that start at rows `first` [C] of sequences `seqs` [C] -> [C,tile,H,latent], [C,tile,H]."""
     row = jnp.minimum(first[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)  # [C,tile]
-    held = cache[m.pages[seqs]].reshape(len(seqs), -1, cache.shape[2])
+    held = cache[m.pages[seqs]].reshape(len(seqs), -1, cache.shape[2])[..., : q.shape[2]]
     at, exact = jnp.arange(held.shape[1]), precision(cache.dtype)
     held = jnp.where((at < m.kv_len[seqs, None])[..., None], held, 0)  # rows that nobody wrote may be NaN
     score = scale * jnp.einsum("cqhw,ckw->cqhk", q[row], held, precision=exact, preferred_element_type=jnp.float32)
