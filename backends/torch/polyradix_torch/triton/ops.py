@@ -1,4 +1,4 @@
-"""The contract's verbs over Triton kernels; matrix products are torch's."""
+"""The contract's verbs over Triton kernels; matrix products of many rows are torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import AttnSpec
 from polyradix_torch.ops import Linear, Products
-from polyradix_torch.triton import attention, rows
+from polyradix_torch.triton import attention, rows, skinny
 from polyradix_torch.triton.attention import Paged
 
 
@@ -49,6 +49,14 @@ class TritonOps(Products):
         rows.write(k, v, kv, m.slots)
         return attention.attend(q, k, v, kv, m.paged, a), kv
 
+    def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        tile = skinny.chosen("linear", x, w.weight)
+        return super().linear(x, w) if tile is None else skinny.product(x, w.weight, w.bias, tile)
+
+    def linear_gated(self, x: torch.Tensor, w: Linear, kind: Literal["silu"]) -> torch.Tensor:
+        tile = skinny.chosen("gated", x, w.weight) if kind == "silu" else None
+        return super().linear_gated(x, w, kind) if tile is None else skinny.product(x, w.weight, w.bias, tile, "gated")
+
     def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
         if kind != "silu":
             raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
@@ -58,6 +66,9 @@ class TritonOps(Products):
         return x[m.last]
 
     def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        tile = skinny.chosen("logits", x, w.weight)
+        if tile is not None:
+            return skinny.product(x, w.weight, w.bias, tile, "logits")
         if x.is_cuda and x.dtype != torch.float32:
             return torch.mm(x, w.weight.t(), out_dtype=torch.float32)  # never rounded to x's dtype
         return F.linear(x.float(), w.weight.float())
