@@ -90,9 +90,10 @@ def unpack(vector: jax.Array, shape: Shape) -> JaxMeta:
 
 @dataclass(frozen=True)
 class Ladder:
-    """Sizes least * growth**n, the same for tokens, sequences and pages."""
+    """Sizes least * growth**n, the same for tokens, sequences and pages; and the rows of a tile, 1 for decodes."""
 
     growth: int
+    tile: int = TILE
 
     def up(self, n: int, least: int = 1) -> int:
         """The smallest size that holds n."""
@@ -114,7 +115,7 @@ class Ladder:
         if b.num_tokens == b.num_seqs:
             seqs = self.up(b.num_seqs)
             return Shape(seqs, seqs, pages, 1)
-        return Shape(self.up(b.num_tokens, LEAST_TOKENS), self.up(b.num_seqs, LEAST_SEQS), pages, TILE)
+        return Shape(self.up(b.num_tokens, LEAST_TOKENS), self.up(b.num_seqs, LEAST_SEQS), pages, self.tile)
 
     def all_shapes(self, limits: Limits, page_size: int) -> Iterator[Shape]:
         """Every bucket that a batch within `limits` may meet."""
@@ -124,7 +125,7 @@ class Ladder:
             for seqs in self.sizes(limits.max_seqs, LEAST_SEQS):
                 for tokens in self.sizes(limits.max_tokens, LEAST_TOKENS):
                     if tokens * self.growth > seqs:  # else there are more sequences than tokens
-                        yield Shape(tokens, seqs, pages, TILE)
+                        yield Shape(tokens, seqs, pages, self.tile)
 
 
 def pack(b: HostBatch, shape: Shape) -> I32:

@@ -1,33 +1,68 @@
 """Attention over the paged cache: `xla` runs anywhere; a Pallas kernel has a folder of its own and the same signature.
 
-`Attend` takes q [T,Hq,D], the layer's cache [pages, page, 2*Hk, D] with this batch's k and v already in it, the batch,
+`Attend` takes q [T,Hq,D], the layer's cache [pages, page, 2*Hk, C] with this batch's k and v already in it, the batch,
 and the rank's AttnSpec; it gives [T,Hq,D] in q's dtype. `Write` takes k and v [T,Hk,D] and gives the new cache. Keys
-and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1.
+and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1. C is D, or more with
+zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from polyradix.backend.protocol import AttnSpec
+from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels import xla
+from polyradix_tpu.kernels import kv_write, xla
+from polyradix_tpu.kernels import ragged_paged_attention as ragged
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
 
+NAMES = ("auto", "pallas", "xla")
+
 
 @dataclass(frozen=True)
 class Kernels:
-    """What was chosen, under the name that the capabilities' notes show."""
+    """What was chosen, under the name that the capabilities' notes show, and the rows of a tile that suit it."""
 
     name: str
     write: Write
     attend: Attend
+    tile: int = batch.TILE
+
+
+def _write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
+    return (xla if kv_write.problems(k, kv) else kv_write).write(k, v, kv, m)
+
+
+def _attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
+    return (xla if ragged.problems(q, kv, m.shape, a) else ragged).attend(q, kv, m, a)
 
 
 XLA = Kernels("XLA", xla.write, xla.attend)
+"""Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
+
+PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, ragged.TILE)
+"""Compiled for a TPU; raises ValueError for shapes that the kernels do not take."""
+
+AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, ragged.TILE)
+
+
+def choose(name: str, on_tpu: bool) -> Kernels:
+    """`auto` is Pallas on a TPU and XLA elsewhere, where `pallas` is interpreted. Raises ValueError for other names."""
+    if name not in NAMES:
+        raise ValueError(f"kernels is {name!r}; expected one of {', '.join(NAMES)}")
+    if name == "xla" or (name == "auto" and not on_tpu):
+        return XLA
+    if on_tpu:
+        return AUTO if name == "auto" else PALLAS
+    interpret = pltpu.InterpretParams()
+    write, attend = (partial(f, interpret=interpret) for f in (kv_write.write, ragged.attend))
+    return Kernels("Pallas, interpreted", write, attend)

@@ -18,14 +18,15 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 
 def write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
-    """k and v [T,Hk,D] into their slots of kv [pages, page, 2*Hk, D]; in place where kv is donated."""
-    rows = jnp.stack([k, v], axis=2).reshape(len(k), kv.shape[2], kv.shape[3])
+    """k and v [T,Hk,D] into their slots of kv [pages, page, 2*Hk, C], C >= D; in place where kv is donated."""
+    rows = jnp.stack([k, v], axis=2).reshape(len(k), kv.shape[2], k.shape[2])
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, kv.shape[3] - k.shape[2])))
     page = kv.shape[1]
     return kv.at[m.slots // page, m.slots % page].set(rows.astype(kv.dtype))
 
 
 def attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
-    """q [T,Hq,D] over kv [pages, page, 2*Hk, D] -> [T,Hq,D]."""
+    """q [T,Hq,D] over kv [pages, page, 2*Hk, C], C >= D -> [T,Hq,D]."""
     context = m.shape.pages * kv.shape[1]
     one = context * (2 * a.heads.kv * a.heads.dim * kv.dtype.itemsize + 4 * a.heads.q * m.shape.tile)
     group = max(1, min(m.shape.tiles, BUDGET // one))
@@ -44,7 +45,7 @@ def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: Ja
     heads, exact = a.heads, precision(kv.dtype)
     rows = jnp.minimum(first[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)  # [C,tile]
     group = q[rows].reshape(*rows.shape, heads.kv, heads.q // heads.kv, heads.dim)
-    held = kv[m.pages[seqs]].reshape(len(seqs), -1, heads.kv, 2, heads.dim)
+    held = kv[m.pages[seqs]][..., : heads.dim].reshape(len(seqs), -1, heads.kv, 2, heads.dim)
     at = jnp.arange(held.shape[1])
     keys, values = held[..., 0, :], held[..., 1, :]
     values = jnp.where((at < m.kv_len[seqs][:, None])[:, :, None, None], values, 0)  # 0 * garbage may be NaN
