@@ -202,6 +202,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=skinny.TUNED)
     args = parser.parse_args(arguments)
     shapes = [(kind, count, n, k) for kind, n, k in map(parse, args.shapes) for count in COUNTS]
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as the backend has it
     gc.freeze()  # torch collects garbage before each capture
     with torch.inference_mode():
         built = build_all(shapes)
