@@ -1,6 +1,6 @@
 """The GPU table: our engine, in this process, on the workloads that the peers were measured on, beside their figures.
 
-    python bench/h100.py [--only NAME,...] [--runs 3] [--json out.json]
+    python bench/h100.py [--only NAME,...] [--runs 3] [--json out.json] [--profile FOLDER]
 
 Random weights in the shape of Llama-3.1-8B, bf16, prompts of random token ids, greedy, no stop, prefix cache flushed
 before each run; the median of `--runs` after one warm-up. Time runs from submission to the last token.
@@ -84,6 +84,25 @@ def run(core: EngineCore, prompts: list[np.ndarray], output: int) -> dict[str, f
     return {"seconds": seconds, "steps": steps, "host_ms_per_step": 1000 * host / steps}
 
 
+def profile(core: EngineCore, work: Work, rng: np.random.Generator, folder: Path) -> str:
+    """A trace of a short run in `folder`, and how long the GPU had nothing to do in its later half. Gaps of less than
+    10 us are between the kernels of a step; the profiler makes both longer."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    core.flush_cache()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run(core, work.prompts(rng), min(work.output, 32))
+    folder.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(folder / f"{work.name}.json.gz"))
+    on_gpu = (e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    spans = np.array(sorted((t.start, t.end) for t in on_gpu))
+    start, end = spans[len(spans) // 2 :].T
+    gaps = np.maximum(0, start[1:] - np.maximum.accumulate(end)[:-1])
+    whole = end.max() - start[0]
+    return f"idle {gaps.sum() / whole:.1%} of the time, {gaps[gaps >= 10].sum() / whole:.1%} in gaps of 10 us and more"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="workloads, comma separated")
@@ -92,6 +111,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of EngineConfig")
     parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="fewer, for a quick look")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also trace each workload, with torch.profiler")
     args = parser.parse_args()
     options: dict[str, Any] = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.option)}
     begin = time.perf_counter()
@@ -101,7 +121,7 @@ def main() -> None:
         core = EngineCore(EngineConfig(model=folder, device=args.device, **(base | options)))
     rng = np.random.default_rng(0)
     run(core, WORKS[0].prompts(rng), 1)
-    print(f"{core.info()}\nfirst answer after {time.perf_counter() - begin:.1f} s", flush=True)
+    print(f"{core.info()}\nfirst answer after {time.perf_counter() - begin:.1f} s, {core.timeline}", flush=True)
     report: dict[str, Any] = {}
     for work in (w for w in WORKS if not args.only or w.name in args.only.split(",")):
         results = []
@@ -121,6 +141,8 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
+    for work in (w for w in WORKS if args.profile and w.name in report):
+        print(f"{work.name}: {profile(core, work, rng, args.profile)}", flush=True)
 
 
 if __name__ == "__main__":
