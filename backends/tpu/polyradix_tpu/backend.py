@@ -40,11 +40,9 @@ from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
 from polyradix_tpu.device import host_memory
 from polyradix_tpu.kernels import XLA
-from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, make_mesh, place
+from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, kv_page_bytes, make_mesh, place
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
-
-LANES = 128  # a TPU stores the last axis in multiples of this
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,6 @@ class TPUBackend:
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         dtype = _dtype(spec.dtype, f"parameter {spec.name}")
         check_param(spec, self._mesh.size)
-        self._check_room(spec, dtype)
         value, bias = read(), read("bias") if spec.bias else None
         if value.shape != spec.shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {spec.shape}")
@@ -117,9 +114,8 @@ class TPUBackend:
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         check_kv(spec, self._mesh.size)
-        dim = -(-spec.head_dim // LANES) * LANES if self._real else spec.head_dim
-        heads = spec.kv_heads // self._mesh.size
-        return int(2 * spec.layers * spec.page_size * heads * dim * _dtype(spec.dtype, "KV").itemsize)
+        _dtype(spec.dtype, "KV")
+        return kv_page_bytes(spec, self._mesh.size, self._real)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
@@ -189,15 +185,6 @@ class TPUBackend:
         out = np.zeros(self._ladder.up(len(pages)), np.int32)
         out[: len(pages)] = pages
         return out
-
-    def _check_room(self, spec: ParamSpec, dtype: np.dtype[Any]) -> None:
-        ranks = 1 if spec.shard_axis is None else self._mesh.size
-        size, free = int(np.prod(spec.shape)) * dtype.itemsize // ranks, self.memory().free
-        if size > free:
-            raise MemoryError(
-                f"parameter {spec.name} takes {size:,} bytes of each device's memory and {free:,} are free: "
-                f"{size - free:,} too few; raise tp or take a smaller model"
-            )
 
     def _compile_all(self, program: Any, params: Any, kv: KV, limits: Limits) -> None:
         for shape in self._ladder.all_shapes(limits, kv[0].shape[1]):

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyradix.backend.protocol import HostArray, ParamSpec
+from polyradix.backend.protocol import HOST_DTYPES, HostArray, KVSpec, ParamSpec
 from polyradix.backend.shard import shard
 
 AXIS = "tp"
+LANES = 128  # a TPU stores the last axis in multiples of this
 HEADS = PartitionSpec(None, None, AXIS)  # of a layer's cache [pages, page, 2*Hk, D]
 
 
@@ -43,6 +44,25 @@ def place(mesh: Mesh, spec: ParamSpec, value: HostArray, bias: HostArray | None)
     specs = partition(Packed(value, bias, spec.shape[0], spec.shard_axis))
     value = put(value, "weight", specs.value)
     return Packed(value, None if bias is None else put(bias, "bias", specs.bias), spec.shape[0], spec.shard_axis)
+
+
+def abstract(mesh: Mesh, spec: ParamSpec) -> Packed:
+    """What `place` gives, without values: the mesh's devices need not be here."""
+
+    def struct(shape: tuple[int, ...], split: PartitionSpec) -> Any:
+        return jax.ShapeDtypeStruct(shape, HOST_DTYPES[spec.dtype], sharding=NamedSharding(mesh, split))
+
+    split = spec.kind == "logits" and spec.shard_axis is not None
+    rows = spec.shape[0] + (-spec.shape[0] % mesh.size if split else 0)
+    specs = partition(Packed(None, spec.bias or None, spec.shape[0], spec.shard_axis))
+    bias = struct((rows,), specs.bias) if spec.bias else None
+    return Packed(struct((rows, *spec.shape[1:]), specs.value), bias, spec.shape[0], spec.shard_axis)
+
+
+def kv_page_bytes(spec: KVSpec, tp: int, tiled: bool) -> int:
+    """Bytes of one page on one device, all layers; `tiled` as a TPU stores them."""
+    dim = -(-spec.head_dim // LANES) * LANES if tiled else spec.head_dim
+    return 2 * spec.layers * spec.page_size * spec.kv_heads // tp * dim * HOST_DTYPES[spec.dtype].itemsize
 
 
 def partition(w: Packed) -> Packed:

@@ -3,15 +3,16 @@ in float32; everything else is float32 inside and rounded once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Collectives, Heads
+from polyradix.backend.protocol import AttnSpec, Collectives, Heads, LayerBody
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import Kernels
 from polyradix_tpu.kernels.xla import precision
@@ -73,6 +74,10 @@ class JaxOps(Expansions):
         part = _biased(_product(x, w), w)
         whole = part if w.axis is None else self._collectives.all_gather(part, 1)
         return whole[:, : w.rows]  # the last shards end with padding
+
+    def layers(self, body: LayerBody, params: Sequence[Any], carry: Any, kv: Any) -> tuple[Any, Any]:
+        """Unrolled; layers of the same shapes are traced once."""
+        return super().layers(jax.jit(body), params, carry, kv)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""
