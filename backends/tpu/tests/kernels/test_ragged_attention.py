@@ -9,7 +9,8 @@ from jax.experimental.pallas import tpu as pltpu
 from polyradix.backend.protocol import AttnSpec, Heads
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
 from polyradix_tpu.kernels import xla
-from polyradix_tpu.kernels.ragged_paged_attention import kernel
+from polyradix_tpu.kernels.ragged_paged_attention.softmax import Softmax
+from polyradix_tpu.kernels.ragged_paged_attention.stream import Stream
 
 CHECKED = pltpu.InterpretParams(detect_races=True)
 EAGER = pltpu.InterpretParams(dma_execution_mode="eager")
@@ -64,14 +65,8 @@ def test_mix_of_decodes_and_chunks(case, races, heads, page, dtype, options, sin
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_copies_carried_out_at_once(case, capfd, monkeypatch, waits):
-    stream = kernel._stream
-
-    def careless(*args):
-        fetch, _, *rest = stream(*args)
-        return fetch, lambda *_: None, *rest
-
     if not waits:
-        monkeypatch.setattr(kernel, "_stream", careless)
+        monkeypatch.setattr(Stream, "wait", lambda *_: None)
     heads = Heads(4, 2, 64)
     c = case([1, 1], [33, 53], heads, 16, "float32")
     check(c.attend(ragged.attend, AttnSpec(heads, 0.125), interpret=EAGER), "float32")
@@ -86,18 +81,14 @@ def test_a_cache_wider_than_the_heads(case, attend):
 
 
 def test_a_block_read_before_it_is_there_is_a_race(case, races, monkeypatch):
-    stream, fold, pending = kernel._stream, kernel._fold, []
-
-    def careless(*args):
-        fetch, wait, *rest = stream(*args)
-        return fetch, lambda *block: pending.append(lambda: wait(*block)), *rest
+    wait, add, pending = Stream.wait, Softmax.add, []
 
     def late(*args):
-        fold(*args)
-        pending.pop()()
+        add(*args)
+        wait(*pending.pop())
 
-    monkeypatch.setattr(kernel, "_stream", careless)
-    monkeypatch.setattr(kernel, "_fold", late)
+    monkeypatch.setattr(Stream, "wait", lambda *args: pending.append(args))
+    monkeypatch.setattr(Softmax, "add", late)
     heads = Heads(4, 2, 64)
     c = case([1, 1], [33, 53], heads, 16, "float32")
     c.attend(ragged.attend, AttnSpec(heads, 0.125), interpret=CHECKED)

@@ -9,7 +9,7 @@ from typing import Any
 from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu.batch import Shape
 from polyradix_tpu.kernels.chip import tuned
-from polyradix_tpu.kernels.ragged_paged_attention.kernel import LANES, Sizes
+from polyradix_tpu.kernels.ragged_paged_attention.sizes import LANES, Sizes
 
 BLOCKS = Path(__file__).with_name("blocks.json")
 SUBLANES = 8
@@ -24,13 +24,25 @@ def plan(kv: Any, shape: Shape, a: AttnSpec, tile: int) -> tuple[Sizes, int]:
     chosen = tuned(BLOCKS)["flat" if tile == 1 else "split"]
     page, rows, dim = kv.shape[1:]
     token = rows * dim * kv.dtype.itemsize
-    most = min(chosen["block_bytes"] // token, COLUMNS // rows if tile == 1 else COLUMNS)
-    least = LANES if tile > 1 else LANES // gcd(rows, LANES)
+    most = min(chosen["block_bytes"] // token, COLUMNS // (rows // 2) if tile == 1 else COLUMNS)
+    least = LANES if tile > 1 else LANES // gcd(rows // 2, LANES)
     tokens = max(least, page, 1 << most.bit_length() - 1)
     count = shape.seqs if tile == 1 else shape.tiles
     cores = gcd(chosen["cores"], count)
     items = gcd(chosen["items"], count // cores)
-    z = Sizes(tile, rows // 2, page, tokens // page, chosen["buffers"], items, cores, a.scale, a.window, a.softcap)
+    z = Sizes(
+        tile,
+        rows // 2,
+        4 // kv.dtype.itemsize,
+        page,
+        tokens // page,
+        chosen["buffers"],
+        items,
+        cores,
+        a.scale,
+        a.window,
+        a.softcap,
+    )
     return z, vmem(z, a, dim, kv.dtype)
 
 
