@@ -10,11 +10,14 @@ from typing import Any
 from jax.experimental.pallas import tpu as pltpu
 
 
+DEFAULT = "v5e"  # for chips that a file does not name, and where kernels are interpreted
+
+
 def tuned(file: Path) -> Any:
-    """The entry of a JSON file for the chip of the mesh in context, else of JAX's default device; "default" is for
-    chips that the file does not name, and where there is no TPU and kernels are interpreted."""
+    """The entry of a JSON file for the chip of the mesh in context, else of JAX's default device."""
+    name = str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else DEFAULT
     table = _read(file)
-    return table.get(str(pltpu.get_tpu_info().chip_version) if pltpu.is_tpu_device() else "", table["default"])
+    return table.get(name, table[DEFAULT])
 
 
 @cache

@@ -3,9 +3,9 @@
     out[t,h] = softmax(scale * (q_latent[t,h] . c + q_rope[t,h] . k)) c    over the rows (c, k) up to t's position
 
 q_latent [T,H,R], q_rope [T,H,Dr], both in the cache's dtype; cache [pages, page, W] with this batch's rows already in
-it, W = R + Dr in whole tiles of 128: c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The result is
-[T,H,R] in that dtype and, for merging parts, the natural log of the sum of exponentials, f32[T,H]. bfloat16 or float32;
-sums in float32. What padded rows hold means nothing.
+it, W = R + Dr in whole tiles of 128: c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The
+result is [T,H,R] in that dtype and, for merging parts, the natural log of the sum of exponentials, f32[T,H]. bfloat16
+or float32; sums in float32. Padded rows of the result hold anything, NaN as well.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def mla_attention_xla(
 
 def choose(heads: int, page: int, shape: Shape) -> Blocks:
     """Whole pages; and one query in a decode, else as many as suit the chip."""
-    table = tuned(BLOCKS)["decode" if shape.tile == 1 else "prefill"]
-    return Blocks(max(1, table["keys"] // page) * page, 1 if shape.tile == 1 else max(1, table["rows"] // heads))
+    table, decode = tuned(BLOCKS), shape.tile == 1
+    keys = table["decode" if decode else "prefill"]["keys"] // page
+    return Blocks(max(1, keys) * page, 1 if decode else max(1, table["prefill"]["rows"] // heads), table["cores"])
 
 
 def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:

@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     count: jax.Array  # of its queries
     first: jax.Array  # position of its first query
     turn: jax.Array  # blocks of keys that the units before it fetch
+    total: jax.Array  # i32 [1] how many units there are
 
 
 class Sizes(NamedTuple):
@@ -41,8 +42,7 @@ class Sizes(NamedTuple):
     blocks: Blocks
 
 
-def plan(m: JaxMeta, blocks: Blocks) -> tuple[Plan, jax.Array]:
-    """And how many units there are."""
+def plan(m: JaxMeta, blocks: Blocks) -> Plan:
     counts = pl.cdiv(m.cu_q[1:] - m.cu_q[:-1], blocks.queries)
     until = jnp.cumsum(counts)
     unit = jnp.arange(units(m.shape, blocks.queries))
@@ -51,7 +51,7 @@ def plan(m: JaxMeta, blocks: Blocks) -> tuple[Plan, jax.Array]:
     count = jnp.minimum(m.cu_q[seq + 1] - row, blocks.queries)
     first = m.positions[row]
     fetched = pl.cdiv(first + count, blocks.keys)
-    return Plan(seq, row, count, first, jnp.cumsum(fetched) - fetched), until[-1]
+    return Plan(seq, row, count, first, jnp.cumsum(fetched) - fetched, until[-1:])
 
 
 def _move(count: Any, pairs: Pairs, sem: Ref, wait: bool = False) -> None:
@@ -66,9 +66,10 @@ def _move(count: Any, pairs: Pairs, sem: Ref, wait: bool = False) -> None:
 
 
 def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
-    p, (q_latent, q_rope, cache, out, lse) = Plan(*refs[:5]), refs[5:10]
-    latent, rope, held, done, logs, top, total, acc, asked, arrived, sent = refs[10:]
-    unit, last, keys = pl.program_id(0), pl.num_programs(0) - 1, z.blocks.keys
+    p, (q_latent, q_rope, cache, out, lse) = Plan(*refs[:6]), refs[6:11]
+    latent, rope, held, done, logs, top, total, acc, asked, arrived, sent = refs[11:]
+    start, each, keys = pl.program_id(0) * pl.num_programs(1), pl.num_programs(1), z.blocks.keys
+    unit, last = start + pl.program_id(1), jnp.minimum(start + each, p.total[0]) - 1  # of this core's
 
     def queries(unit: Any, wait: bool = False) -> None:
         row, slot = p.row[unit], unit % 2
@@ -84,40 +85,39 @@ def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
         row = p.row[unit]
         _move(p.count[unit], lambda i: [(done.at[i], out.at[row + i]), (logs.at[i], lse.at[row + i])], sent, wait)
 
-    def begin() -> None:
-        queries(0)
-        rows(0, 0, 0)
-
-    pl.when(unit == 0)(begin)
-    pl.when(unit < last)(lambda: queries(unit + 1))
-    queries(unit, wait=True)
-    top[...], total[...], acc[...] = jnp.full_like(top, HIDDEN), jnp.zeros_like(total), jnp.zeros_like(acc)
-    seen = p.first[unit] + p.count[unit]
-    count = pl.cdiv(seen, keys)
-
     def meet(masked: bool, block: Any, _: None) -> None:
         slot = (p.turn[unit] + block) % 2
-        more = block + 1 < count
+        more = (block + 1) * keys < p.first[unit] + p.count[unit]
         then = jnp.where(more, unit, unit + 1)
         pl.when(then <= last)(lambda: rows(then, jnp.where(more, block + 1, 0), 1 - slot))
         rows(unit, block, slot, wait=True)
         found = held[slot].reshape(keys, -1)
-        first = None
-        if masked:
-            at = lax.broadcasted_iota(jnp.int32, found.shape, 0)  # rows that nobody wrote may be NaN
-            found = jnp.where(at < seen - block * keys, found, jnp.zeros_like(found))
-            first = p.first[unit] - block * keys
-        both = (x[unit % 2].reshape(-1, x.shape[3]) for x in (latent, rope))
-        _fold(z, *both, found, first, top, total, acc)
+        first = p.first[unit] - block * keys if masked else None
+        if masked:  # rows that nobody wrote may be NaN
+            at = lax.broadcasted_iota(jnp.int32, found.shape, 0)
+            found = jnp.where(at < first + p.count[unit], found, jnp.zeros_like(found))
+        mine, turned = (x[unit % 2].reshape(-1, x.shape[3]) for x in (latent, rope))
+        _fold(z, mine, turned, found, first, top, total, acc)
 
-    clear = (p.first[unit] + 1) // keys  # blocks that all queries see all of
-    lax.fori_loop(0, clear, partial(meet, False), None)
-    lax.fori_loop(clear, count, partial(meet, True), None)
-    pl.when(unit > 0)(lambda: results(unit - 1, wait=True))
-    done[...] = (acc[...] / total[:, :1]).astype(done.dtype).reshape(done.shape)
-    logs[...] = ((top[...] + jnp.log2(total[...])) * log(2)).reshape(logs.shape)
-    results(unit)
-    pl.when(unit == last)(lambda: results(unit, wait=True))
+    def begin() -> None:
+        queries(unit)
+        rows(unit, 0, p.turn[unit] % 2)
+
+    def whole() -> None:
+        pl.when(unit == start)(begin)
+        pl.when(unit < last)(lambda: queries(unit + 1))
+        queries(unit, wait=True)
+        top[...], total[...], acc[...] = jnp.full_like(top, HIDDEN), jnp.zeros_like(total), jnp.zeros_like(acc)
+        clear = (p.first[unit] + 1) // keys  # blocks that all queries see all of
+        lax.fori_loop(0, clear, partial(meet, False), None)
+        lax.fori_loop(clear, pl.cdiv(p.first[unit] + p.count[unit], keys), partial(meet, True), None)
+        pl.when(unit > start)(lambda: results(unit - 1, wait=True))
+        done[...] = (acc[...] / total[:, :1]).astype(done.dtype).reshape(done.shape)
+        logs[...] = ((top[...] + jnp.log2(total[...])) * log(2)).reshape(logs.shape)
+        results(unit)
+        pl.when(unit == last)(lambda: results(unit, wait=True))
+
+    pl.when(unit <= last)(whole)
 
 
 def _fold(
@@ -144,7 +144,7 @@ def call(
     q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float, blocks: Blocks, interpret: Any
 ) -> tuple[jax.Array, jax.Array]:
     """See the package."""
-    p, count = plan(m, blocks)
+    p = plan(m, blocks)
     (tokens, heads, latent), rope, (_, page, wide) = q_latent.shape, q_rope.shape[2], cache.shape
     each, dtype = (blocks.queries, heads), cache.dtype
     state = pltpu.VMEM((blocks.queries * heads, LANES), jnp.float32)
@@ -153,7 +153,7 @@ def call(
         partial(_kernel, Sizes(m.shape.pages, heads, latent, rope, scale, blocks)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(p),
-            grid=(count,),
+            grid=(blocks.cores, pl.cdiv(p.total[0], blocks.cores)),
             in_specs=[anywhere] * 3,
             out_specs=[anywhere] * 2,
             scratch_shapes=[
@@ -174,7 +174,9 @@ def call(
             jax.ShapeDtypeStruct((tokens, heads, latent), dtype),
             jax.ShapeDtypeStruct((tokens, heads, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM + (4 << 20)),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM + (4 << 20), disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="mla_attention",
     )(m.pages.reshape(-1), *p, q_latent, q_rope, cache)

@@ -15,10 +15,12 @@ DTYPES = ("bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Blocks:
-    """Keys fetched at once, and neighbouring queries of one sequence that meet them at once."""
+    """Keys fetched at once, neighbouring queries of one sequence that meet them at once, and the TensorCores of a JAX
+    device, which share the units."""
 
     keys: int
     queries: int
+    cores: int = 1
 
 
 def lanes(n: int) -> int:
@@ -62,6 +64,7 @@ def problems(q_latent: Any, q_rope: Any, cache: Any, shape: Shape, blocks: Block
     expect(page % sublanes == 0, "page", page, f"a multiple of {sublanes}")
     expect(blocks.keys > 0 and blocks.keys % page == 0, "keys", blocks.keys, f"a multiple of the page, {page}")
     expect(blocks.queries > 0, "queries", blocks.queries, "at least 1")
+    expect(blocks.cores > 0, "cores", blocks.cores, "at least 1")
     if out:
         return out
     size = vmem(heads, latent, rope, blocks, itemsize)

@@ -13,14 +13,14 @@ def attend(q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float
     """q [T,H,R+Dr]; otherwise as kernel.call. Tiles take turns where the context of all is more than BUDGET bytes."""
     context = m.shape.pages * cache.shape[1]
     one = context * (cache.shape[2] * cache.dtype.itemsize + 4 * q.shape[1] * m.shape.tile)
-    turns = -(-m.shape.tiles * one // BUDGET)
-    each = -(-m.shape.tiles // turns)
-    tiles = [jnp.pad(x, (0, turns * each - len(x))).reshape(turns, each) for x in (m.tile_row, m.tile_seq)]
+    each = max(1, min(m.shape.tiles, BUDGET // one))
+    turns = -(-m.shape.tiles // each)
+    rows, seqs = (jnp.pad(x, (0, turns * each - len(x))).reshape(turns, each) for x in (m.tile_row, m.tile_seq))
 
-    def some(at: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def some(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         return _tiles(*at, q, latent, cache, m, scale)
 
-    out, lse = jax.lax.map(some, tiles)
+    out, lse = jax.lax.map(some, (rows, seqs))
     return out.reshape(-1, *out.shape[3:])[m.where], lse.reshape(-1, lse.shape[-1])[m.where]
 
 
