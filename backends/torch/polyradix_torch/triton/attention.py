@@ -1,4 +1,5 @@
-"""Paged attention: split decode (Flash-Decoding, Dao et al., 2023) and ragged prefill (FlashAttention-2, Dao, 2023).
+"""Paged attention: split decode (Flash-Decoding, Dao et al., 2023), ragged prefill (FlashAttention-2, Dao, 2023), and
+first keys that many sequences share, read once for all of them (Hydragen, Juravsky et al., 2024).
 
 The cache is [pages, page, Hk, D]. A sequence's pages are a run of one flat list: pages[page_start[s] + i].
 """
@@ -15,16 +16,34 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import AttnSpec
+from polyradix_torch.triton.early import early, start
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PLAN = ("single", "cu_q", "kv_len", "page_start", "pages", "tiles")  # anywhere in a buffer: no code of its own for each
+PLAN = ("single", "cu_q", "kv_len", "page_start", "pages", "tiles", "common", "parts", "members", "items")
 ROWS = 16  # the least rows of a matrix product; a kv head's query heads are padded up to it
+MEMBERS = 16  # sequences that read shared keys together
+UNIT = 64  # shared keys are a multiple of it
+MOST_PARTS = 8  # that shared keys are cut into
+
+
+@dataclass(frozen=True)
+class Shared:
+    """First keys that several sequences share; int32 on the device. Sequences are counted as `single` has them.
+
+    An item is up to MEMBERS sequences over a part of their keys: (first in `members`, how many, first key, end, part).
+    """
+
+    common: torch.Tensor  # [n] shared keys of each sequence; 0 for none
+    parts: torch.Tensor  # [n] that they are cut into
+    members: torch.Tensor  # [n] sequences, those of a group together
+    items: torch.Tensor  # [I,5]; of zeros when unused
 
 
 @dataclass(frozen=True)
 class Paged:
     """Where each sequence's keys are, and its query rows; int32 on the device. Sequences with one row are in `single`,
-    their keys cut into `splits` parts; the others are in `tiles` [n,2] of (sequence, first query row in it)."""
+    their keys that are not `shared` cut into `splits` parts; the others are in `tiles` [n,2] of (sequence, first query
+    row in it)."""
 
     cu_q: torch.Tensor  # [S+1]
     kv_len: torch.Tensor  # [S]
@@ -33,6 +52,7 @@ class Paged:
     single: torch.Tensor
     splits: int
     tiles: torch.Tensor
+    shared: Shared | None = None
 
 
 @triton.jit
@@ -72,29 +92,21 @@ def _add(acc, total, top, score, unit, v, PRECISION: tl.constexpr):
     return acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION), total, new
 
 
-@triton.jit
-def _join(part, lse, out, head, target, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
-    """The parts of one query head's row, weighed by their sums, into out[target:target+D]."""
-    i, d = tl.arange(0, PADDED), tl.arange(0, DP)
-    logs = tl.load(lse + head * SPLITS + i, mask=i < SPLITS, other=-float("inf"))
-    weight = tl.exp2(logs - tl.max(logs, 0))
-    inside = (i < SPLITS)[:, None] & (d < D)[None, :]
-    x = tl.load(part + (head * SPLITS + i)[:, None] * D + d[None, :], mask=inside, other=0.0)
-    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
-    tl.store(out + target + d, result.to(out.dtype.element_ty), mask=d < D)
-
-
 @triton.jit(do_not_specialize_on_alignment=PLAN)
 def _decode(
-    q, keys, values, out, part, lse, arrived, single, cu_q, kv_len, page_start, pages, scale, cap, window, q_row, HK,
+    q, keys, values, out, part, lse, single, cu_q, kv_len, page_start, pages, common, scale, cap, window, q_row, HK,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, PADDED: tl.constexpr, FUSED: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """A row's parts go to the first SPLITS of its SLOTS places; more places are for parts of shared keys."""
+    start(EARLY)
     i, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     s = tl.load(single + i)
     token = tl.load(cu_q + s).to(tl.int64)
     n = tl.load(kv_len + s)
     first = tl.maximum(n - window, 0)
+    if SLOTS > SPLITS:
+        first = tl.load(common + i)
     share = tl.cdiv(tl.cdiv(n - first, SPLITS), 16) * 16
     begin = first + split * share
     end = tl.minimum(begin + share, n)
@@ -106,34 +118,49 @@ def _decode(
     top = tl.full((GP,), -1e30, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     acc = tl.zeros((GP, DP), tl.float32)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for block in range(begin, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
         k, v = _read(keys, values, mine, at, at < end, h, HK, D, DP, PAGE)
         score = tl.where((at < end)[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
         acc, total, top = _add(acc, total, top, score, unit, v, PRECISION)
-    head = token * HK * G + h * G
-    if SPLITS == 1:
+    if SLOTS == 1:
         result = acc / total[:, None]
+        head = token * HK * G + h * G
         tl.store(out + (head + g)[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=rows)
     else:
-        own = (i * HK + h) * G
-        place = (own + g) * SPLITS + split
-        tl.store(part + place[:, None] * D + d[None, :], acc / tl.maximum(total, 1e-30)[:, None], mask=rows)
-        tl.store(lse + place, tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf")), mask=g < G)
-        if FUSED:
-            tl.debug_barrier()  # every thread's part is written before one thread says so
-            if tl.atomic_add(arrived + i * HK + h, 1) == SPLITS - 1:
-                tl.store(arrived + i * HK + h, 0)
-                for j in range(G):
-                    _join(part, lse, out, own + j, (head + j) * D, D, DP, SPLITS, PADDED)
+        place = ((i * HK + h) * G + g) * SLOTS + split
+        _put(part, lse, place, acc, total, top, g < G, D, DP)
+
+
+@triton.jit
+def _put(part, lse, place, acc, total, top, rows, D: tl.constexpr, DP: tl.constexpr):
+    """Rows of one part, as averages and the logarithms of their weights; of no keys, minus infinity."""
+    d = tl.arange(0, DP)
+    some = tl.maximum(total, 1e-30)
+    tl.store(part + place[:, None] * D + d[None, :], acc / some[:, None], mask=rows[:, None] & (d < D)[None, :])
+    tl.store(lse + place, tl.where(total > 0, top + tl.log2(some), -float("inf")), mask=rows)
 
 
 @triton.jit(do_not_specialize_on_alignment=PLAN)
-def _merge(part, lse, out, single, cu_q, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr):
-    heads, h = tl.num_programs(1), tl.program_id(1)
-    head = tl.program_id(0).to(tl.int64) * heads + h
-    token = tl.load(cu_q + tl.load(single + tl.program_id(0))).to(tl.int64)
-    _join(part, lse, out, head, (token * heads + h) * D, D, DP, SPLITS, PADDED)
+def _merge(
+    part, lse, out, single, cu_q, parts, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SLOTS: tl.constexpr,
+    PADDED: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """The parts of one query head of one row, weighed."""
+    start(EARLY)
+    row, heads, h = tl.program_id(0).to(tl.int64), tl.num_programs(1), tl.program_id(1)
+    token = tl.load(cu_q + tl.load(single + row)).to(tl.int64)
+    count = SPLITS
+    if SLOTS > SPLITS:
+        count += tl.load(parts + row)
+    i, d = tl.arange(0, PADDED), tl.arange(0, DP)
+    place = (row * heads + h) * SLOTS + i
+    logs = tl.load(lse + place, mask=i < count, other=-float("inf"))
+    weight = tl.exp2(logs - tl.max(logs, 0))
+    inside = (i < count)[:, None] & (d < D)[None, :]
+    x = tl.load(part + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(out + (token * heads + h) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 def _precision(x: torch.Tensor) -> str:
@@ -149,7 +176,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: KV, at: Paged,
     k and v [T,Hk,D], whose heads are contiguous, are in the cache already."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if len(at.single):
-        launch_decode(q, kv, out, at, a, decode_plan(q))
+        launch_decode(q, kv, out, at, a, decode_plan(q, at.splits))
     if len(at.tiles):
         launch_prefill(q, k, v, kv, out, at, a, prefill_plan(q))
     return out.flatten(1)
@@ -162,45 +189,43 @@ class Plan:
     keys: int  # in a block
     warps: int
     stages: int = 3
-    rows: int = 0  # of a prefill's tile
-    dense: bool = False
-    skew: bool = False
-    special: bool = False
-    pack: bool = True
-    fused: bool = False
+    rows: int = 0  # of a tile of prefill or of shared keys
+    dense: bool = False  # keys of this batch are read from k and v, by tensor descriptors
 
 
-@cache
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """Zeros, as each launch leaves them. One stream at a time may use them."""
-    return torch.zeros(1 << 16, dtype=torch.int32, device=device)
+def decode_plan(q: torch.Tensor, splits: int) -> Plan:
+    if int(triton.next_power_of_2(q.shape[2])) * q.element_size() > 256:
+        return Plan(64 // q.element_size(), 4)
+    return Plan(32, 2) if splits == 1 else Plan(64, 4)
 
 
-def decode_plan(q: torch.Tensor) -> Plan:
-    wide = int(triton.next_power_of_2(q.shape[2]))
-    return Plan(64 if wide * q.element_size() <= 256 else 64 // q.element_size(), 4)
-
-
-def launch_decode(q: torch.Tensor, kv: KV, out: torch.Tensor, at: Paged, a: AttnSpec, plan: Plan) -> None:
+def launch_decode(
+    q: torch.Tensor, kv: KV, out: torch.Tensor, at: Paged, a: AttnSpec, plan: Plan, tile: Plan | None = None
+) -> None:
+    """`tile` is of the shared keys. Layers with a window read all keys as if none were shared."""
     count, (_, heads, dim), splits = len(at.single), q.shape, at.splits
     page, kv_heads = kv[0].shape[1:3]
     group, wide = heads // kv_heads, triton.next_power_of_2(dim)
-    part, lse, arrived = out, out, at.single
-    if splits > 1:
-        part = torch.empty(count, heads, splits, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
-    fused = plan.fused and splits > 1
-    if fused:
-        arrived = _arrivals(q.device)
-    padded = triton.next_power_of_2(splits)
+    shared = at.shared if a.window is None else None
+    slots = splits if shared is None else splits + MOST_PARTS
+    part, lse, common, parts = out, out, at.single, at.single
+    if slots > 1:
+        part = torch.empty(count, heads, slots, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(count, heads, slots, dtype=torch.float32, device=q.device)
+    if shared is not None:
+        common, parts = shared.common, shared.parts
+        _launch_prefix(q, kv, part, lse, at, shared, a, tile or prefill_plan(q))
     _decode[(count, kv_heads, splits)](
-        q, *kv, out, part, lse, arrived, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale,
+        q, *kv, out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, common, a.scale,
         a.softcap or 0.0, a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)),
-        dim, wide, page, plan.keys, splits, padded, fused, a.softcap is not None, _precision(q),
+        dim, wide, page, plan.keys, splits, slots, a.softcap is not None, _precision(q), **early(q.device),
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
-    if splits > 1 and not fused:
-        _merge[(count, heads)](part, lse, out, at.single, at.cu_q, dim, wide, splits, padded, num_warps=2)
+    if slots > 1:
+        _merge[(count, heads)](
+            part, lse, out, at.single, at.cu_q, parts, dim, wide, splits, slots, triton.next_power_of_2(slots),
+            **early(q.device), num_warps=2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -211,8 +236,8 @@ def _blocks(
 ):  # fmt: skip
     """Keys at positions begin to end, out of the pages; MASKED where not every row sees them all."""
     unit = _unit(scale, CAP)
-    for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
+    for block in range(begin, end, BLOCK):
+        at = block + tl.arange(0, BLOCK)
         k, v = _read(keys, values, mine, at, at < n, h, HK, D, DP, PAGE)
         score = _scores(query, k, scale, cap, CAP, PRECISION)
         if MASKED:
@@ -222,25 +247,62 @@ def _blocks(
     return acc, total, top
 
 
+@triton.jit(do_not_specialize_on_alignment=PLAN)
+def _prefix(
+    q, keys, values, part, lse, single, cu_q, page_start, pages, members, items, scale, cap, q_row, HK, SPLITS,
+    G: tl.constexpr, PACK: tl.constexpr, MEMBERS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """One item: a tile's rows are PACK query heads of one kv head of each sequence. All see all of its keys."""
+    start(EARLY)
+    item = items + 5 * tl.program_id(0)
+    count = tl.load(item + 1)
+    if count == 0:
+        return
+    mine, begin, end = members + tl.load(item), tl.load(item + 2), tl.load(item + 3)
+    PARTS: tl.constexpr = (G + PACK - 1) // PACK
+    r, d = tl.arange(0, MEMBERS * PACK), tl.arange(0, DP)
+    h, g = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS * PACK + r % PACK
+    rows = (r // PACK < count) & (g < G)
+    row = tl.load(mine + r // PACK, mask=rows, other=0).to(tl.int64)
+    token = tl.load(cu_q + tl.load(single + row)).to(tl.int64)
+    inside = rows[:, None] & (d < D)[None, :]
+    query = tl.load(q + (token * q_row + (h * G + g) * D)[:, None] + d[None, :], mask=inside, other=0.0)
+    top = tl.full((MEMBERS * PACK,), -1e30, tl.float32)
+    total = tl.zeros((MEMBERS * PACK,), tl.float32)
+    acc = tl.zeros((MEMBERS * PACK, DP), tl.float32)
+    acc, total, top = _blocks(
+        acc, total, top, query, keys, values, pages + tl.load(page_start + tl.load(single + tl.load(mine))), scale,
+        cap, 0, begin, end, r, h, HK, end, D, DP, PAGE, BLOCK, False, CAP, PRECISION,
+    )  # fmt: skip
+    _put(part, lse, ((row * HK + h) * G + g) * SLOTS + SPLITS + tl.load(item + 4), acc, total, top, rows, D, DP)
+
+
+def _launch_prefix(
+    q: torch.Tensor, kv: KV, part: torch.Tensor, lse: torch.Tensor, at: Paged, x: Shared, a: AttnSpec, plan: Plan
+) -> None:
+    _, heads, slots, dim = part.shape
+    page, kv_heads = kv[0].shape[1:3]
+    group = heads // kv_heads
+    pack = min(triton.next_power_of_2(group), max(1, plan.rows // MEMBERS))
+    _prefix[(len(x.items), kv_heads * triton.cdiv(group, pack))](
+        q, *kv, part, lse, at.single, at.cu_q, at.page_start, at.pages, x.members, x.items, a.scale, a.softcap or 0.0,
+        q.stride(0), kv_heads, at.splits, group, pack, MEMBERS, dim, triton.next_power_of_2(dim), page,
+        min(plan.keys, UNIT), slots, a.softcap is not None, _precision(q), **early(q.device), num_warps=plan.warps,
+        num_stages=plan.stages,
+    )  # fmt: skip
+
+
 @triton.jit
 def _dense(
-    acc, total, top, query, k, v, scale, cap, begin, end, column, BLOCK: tl.constexpr, SKEW: tl.constexpr,
-    SPECIAL: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    acc, total, top, query, k, v, scale, cap, begin, end, column, BLOCK: tl.constexpr, CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys in rows begin to end of the batch, whole blocks that every row sees."""
     unit = _unit(scale, CAP)
-    if SKEW:
-        if begin < end:
-            score = _scores(query, k.load([begin, column]), scale, cap, CAP, PRECISION)
-            for row in range(begin, end - BLOCK, BLOCK):
-                following = _scores(query, k.load([row + BLOCK, column]), scale, cap, CAP, PRECISION)
-                acc, total, top = _add(acc, total, top, score, unit, v.load([row, column]), PRECISION)
-                score = following
-            acc, total, top = _add(acc, total, top, score, unit, v.load([end - BLOCK, column]), PRECISION)
-    else:
-        for row in tl.range(begin, end, BLOCK, warp_specialize=SPECIAL):
-            score = _scores(query, k.load([row, column]), scale, cap, CAP, PRECISION)
-            acc, total, top = _add(acc, total, top, score, unit, v.load([row, column]), PRECISION)
+    for row in range(begin, end, BLOCK):
+        score = _scores(query, k.load([row, column]), scale, cap, CAP, PRECISION)
+        acc, total, top = _add(acc, total, top, score, unit, v.load([row, column]), PRECISION)
     return acc, total, top
 
 
@@ -248,8 +310,7 @@ def _dense(
 def _prefill(
     q, k, v, keys, values, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
     G: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, DENSE: tl.constexpr, SKEW: tl.constexpr, SPECIAL: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile's rows are TILE // PACK tokens of PACK query heads of one kv head."""
     TOKENS: tl.constexpr = TILE // PACK
@@ -291,8 +352,7 @@ def _prefill(
     if DENSE:
         shift = q0 - (n - count)
         acc, total, top = _dense(
-            acc, total, top, query, k, v, scale, cap, middle + shift, whole + shift, h * D, BLOCK, SKEW, SPECIAL,
-            CAP, PRECISION,
+            acc, total, top, query, k, v, scale, cap, middle + shift, whole + shift, h * D, BLOCK, CAP, PRECISION,
         )  # fmt: skip
     acc, total, top = _blocks(
         acc, total, top, query, keys, values, mine, scale, cap, window, whole, end, position, h, HK, n,
@@ -305,8 +365,8 @@ def _prefill(
 # By bytes of a number and padded head: query rows and warps of a prefill's tile, and its keys on chips with little and
 # with MUCH shared memory for a block. Those with much (Hopper on) multiply out of it, and have registers to spare.
 PREFILL = {
-    (2, 64): (128, 8, 64, 64),
-    (2, 128): (128, 8, 32, 64),
+    (2, 64): (64, 4, 64, 64),
+    (2, 128): (64, 4, 32, 64),
     (2, 256): (64, 8, 32, 64),
     (4, 64): (64, 8, 32, 32),
     (4, 128): (32, 8, 16, 16),
@@ -357,7 +417,7 @@ def launch_prefill(
     dense = [_descriptor(x, plan.keys) for x in (k, v)] if plan.dense else [None, None]
     _prefill[(heads, len(at.tiles))](
         q, *dense, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
-        a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows) if plan.pack else 1, dim,
-        triton.next_power_of_2(dim), page, plan.rows, plan.keys, None not in dense, plan.skew, plan.special,
-        a.window is not None, a.softcap is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
+        a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows), dim,
+        triton.next_power_of_2(dim), page, plan.rows, plan.keys, None not in dense, a.window is not None,
+        a.softcap is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -1,4 +1,5 @@
-"""Decode steps captured as device graphs, one per size: a replay costs one launch whatever the model's depth.
+"""Decode steps captured as device graphs, one per size: a replay costs one launch whatever the model's depth. Batches
+whose sequences share first keys have graphs of their own.
 
 A graph reads one static batch, which `load` fills by a copy on the same stream, so that two batches may be in flight.
 Rows beyond the sequences of a batch decode position 0 of scratch page 0.
@@ -13,6 +14,7 @@ import torch
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import Array, Limits, Ops, Params, Step
+from polyradix_torch.triton import prefix
 from polyradix_torch.triton.attention import Paged
 from polyradix_torch.triton.ops import GpuMeta
 from polyradix_torch.triton.upload import flat_pages, pinned
@@ -40,9 +42,11 @@ class StaticBatch:
         self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
         self.rows = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.sizes = sizes(most)
+        self.shared = False  # whether the batch in here has keys to share, by the plan in here
+        self.plan = torch.zeros(3 * most + 5 * prefix.most_items(most), dtype=torch.int32, device=device)
 
     def load(self, batch: HostBatch) -> None:
-        """One copy. Padding rows have one key, on page 0, which ends the list of pages."""
+        """One copy, two with a plan. Padding rows have one key, on page 0, which ends the list of pages."""
         flat, starts = flat_pages(batch, self.page)
         n = batch.num_seqs
         rows = np.zeros((len(FIELDS), self.most), np.int32)
@@ -52,13 +56,18 @@ class StaticBatch:
             row[:n] = values
         host = pinned([rows, flat, np.zeros(1, np.int32)], self.device)
         self.buffer[: len(host)].copy_(host, non_blocking=True)
+        plan = prefix.plan(batch, np.arange(n, dtype=np.int32), self.page, self.most)
+        self.shared = plan is not None
+        if plan is not None:
+            self.plan.copy_(pinned([plan], self.device), non_blocking=True)
 
-    def meta(self, count: int, splits: int) -> GpuMeta:
-        """The first `count` rows as a batch."""
+    def meta(self, count: int, splits: int, shared: bool = False) -> GpuMeta:
+        """The first `count` rows as a batch, with its plan or without."""
         f = {name: x[:count] for name, x in self.fields.items()}
         rows, pages = self.rows[:count], self.buffer[len(FIELDS) * self.most :]
         none = rows[:0].view(0, 2)
-        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none)
+        plan = prefix.view(self.plan, self.most, count) if shared else None
+        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none, plan)
         return GpuMeta(f["tokens"], f["positions"], f["slots"], rows.long(), paged)
 
 
@@ -68,7 +77,7 @@ class Graphs:
     def __init__(self, step: Step, ops: Ops, processors: int) -> None:
         self._step, self._ops, self._processors = step, ops, processors
         self._bound: tuple[Any, ...] = ()
-        self._made: dict[int, tuple[Any, Array, GpuMeta]] = {}
+        self._made: dict[tuple[int, bool], tuple[Any, Array, GpuMeta]] = {}
         self._pool: Any = None
 
     def __call__(self, params: Params, kv: Any, static: StaticBatch, seqs: int) -> Array:
@@ -77,15 +86,21 @@ class Graphs:
         if not self._bound or any(a is not b for a, b in zip(self._bound, bound, strict=True)):
             self._bound, self._made, self._pool = bound, {}, None
         size = next(n for n in static.sizes if n >= seqs)
-        if size not in self._made:
-            self._made[size] = self._capture(params, kv, static, size)
-        graph, logits, _ = self._made[size]
+        first = not self._made and size >= prefix.LEAST_MEMBERS  # of all: both are made, so that kernels are compiled
+        for shared in {static.shared, static.shared or first}:
+            if (size, shared) not in self._made:
+                self._made[size, shared] = self._capture(params, kv, static, size, shared)
+        graph, logits, _ = self._made[size, static.shared]
         graph.replay()
         return logits[:seqs]
 
-    def _capture(self, params: Params, kv: Any, static: StaticBatch, size: int) -> tuple[Any, Array, GpuMeta]:
+    def _capture(
+        self, params: Params, kv: Any, static: StaticBatch, size: int, shared: bool
+    ) -> tuple[Any, Array, GpuMeta]:
         splits = splits_for(size * kv[0][0].shape[2], self._processors)
-        meta = static.meta(size, splits)  # lives as long as the graph, which reads its tensors
+        if shared and not static.shared:
+            static.plan.zero_()  # it is of another batch
+        meta = static.meta(size, splits, shared)  # lives as long as the graph, which reads its tensors
         self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from polyradix.backend.batch import I32, HostBatch
+from polyradix_torch.triton import prefix
 from polyradix_torch.triton.attention import Paged
 from polyradix_torch.triton.ops import GpuMeta
 
@@ -39,9 +40,11 @@ def upload(batch: HostBatch, page: int, rows: int, splits: int, device: torch.de
     """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]."""
     pages, starts = flat_pages(batch, page)
     single = np.flatnonzero(np.diff(batch.cu_q) == 1).astype(np.int32)
+    shared = prefix.plan(batch, single, page, len(single))
     parts = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts]
-    parts += [pages, single, tiles(batch, rows)]
-    whole = pinned(parts, device).to(device, non_blocking=True)
-    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile = whole.split([p.size for p in parts])
-    paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2))
+    parts += [pages, single, tiles(batch, rows), single[:0] if shared is None else shared]
+    whole = pinned(parts, device).to(device, non_blocking=True).split([p.size for p in parts])
+    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile, plan = whole
+    view = None if shared is None else prefix.view(plan, len(one), len(one))
+    paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2), view)
     return GpuMeta(tokens, positions, slots, last, paged), source
