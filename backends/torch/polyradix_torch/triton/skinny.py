@@ -1,7 +1,8 @@
 """Products of few rows, x [M,K] times w [N,K] in bfloat16: they cost what reading the weight costs, once and in order.
 
 A program takes some rows of the weight, and all or a part of the columns. Of parts, the last program to arrive adds
-all of a tile, in the order of the columns, so that sums depend on nothing but the shape.
+all of a tile, in the order of the columns, so that sums depend on nothing but the shape. Of many rows of x it may take
+only some, and then reads both through tensor descriptors.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from polyradix_torch.triton.early import early
+from polyradix_torch.triton.early import early, start
 
-MOST = 16  # rows of x
+LEAST = 16  # rows of x in a product by the matrix units
 TUNED = Path(__file__).parent / "tuned"
 TILES = 1 << 16  # at most so many of a product whose columns are split
 Kind = Literal["linear", "gated", "logits"]
@@ -29,7 +31,8 @@ Kind = Literal["linear", "gated", "logits"]
 class Tile:
     """How a product is cut: rows and columns of the weight that a program takes at a time, and into how many parts the
     columns go. `dot` pads x to 16 rows for the matrix units; without, M is up to 4. `ahead` columns of each row,
-    a multiple of 256, are asked for before the kernel that makes x has ended."""
+    a multiple of 256, are asked for before the kernel that makes x has ended. `tokens` rows of x are taken at a time,
+    through tensor descriptors; at 0 all are."""
 
     rows: int
     columns: int
@@ -38,6 +41,7 @@ class Tile:
     splits: int = 1
     dot: bool = False
     ahead: int = 0
+    tokens: int = 0
 
 
 @triton.jit
@@ -86,13 +90,18 @@ def _lanes(x, w, K, begin, end, MP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
+def _silu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _finish(total, bias, out, tile, row, m, M, N, MP: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
             BIAS: tl.constexpr):  # fmt: skip
     if BIAS:
         total += tl.load(bias + row).to(tl.float32)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(total, (MP, ROWS // 2, 2)))
-        total = gate / (1.0 + tl.exp(-gate)) * up
+        total = _silu(gate, up)
     WIDE: tl.constexpr = ROWS // 2 if GATED else ROWS
     width = N // 2 if GATED else N
     n = tile * WIDE + tl.arange(0, WIDE)
@@ -139,6 +148,66 @@ def _product(
         _finish(total, bias, out, tile, row, m, M, N, MP, ROWS, GATED, BIAS)
 
 
+@triton.jit
+def _place(tile, tall, broad):
+    """Row and column of a tile: eight rows of them, column by column, so that the L2 cache holds what they share."""
+    first = tile // (8 * broad) * 8
+    height = tl.minimum(tall - first, 8)
+    tile %= 8 * broad
+    return first + tile % height, tile // height
+
+
+@triton.jit(do_not_specialize=["M", "splits"])
+def _wide(
+    x, w, bias, out, parts, arrived, M, N, K, splits,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr,
+    JOIN: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """x and w are descriptors of blocks [TOKENS,COLUMNS] and [WIDE,COLUMNS]; zeros come from beyond their ends."""
+    start(EARLY)
+    WIDE: tl.constexpr = ROWS // 2 if GATED else ROWS
+    width = N // 2 if GATED else N
+    tall, broad = tl.cdiv(M, TOKENS), tl.cdiv(width, WIDE)
+    share = tl.cdiv(tl.cdiv(K, COLUMNS), splits) * COLUMNS
+    for item in tl.range(tl.program_id(0), tall * broad * splits, tl.num_programs(0), flatten=not JOIN):
+        tile, split = item // splits, item % splits
+        i, j = _place(tile, tall, broad)
+        acc = tl.zeros((TOKENS, WIDE), tl.float32)
+        up = tl.zeros((TOKENS, WIDE), tl.float32)
+        for k in range(split * share, tl.minimum(split * share + share, K), COLUMNS):
+            a = x.load([i * TOKENS, k])
+            acc = tl.dot(a, tl.trans(w.load([j * WIDE, k])), acc)
+            if GATED:
+                up = tl.dot(a, tl.trans(w.load([width + j * WIDE, k])), up)
+        m, n = i * TOKENS + tl.arange(0, TOKENS), j * WIDE + tl.arange(0, WIDE)
+        filled = M
+        if JOIN:
+            one = tl.arange(0, TOKENS)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+            mine = parts + tile.to(tl.int64) * splits * TOKENS * WIDE
+            tl.store(mine + split * TOKENS * WIDE + one, acc)
+            tl.debug_barrier()  # as in _product
+            last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1
+            filled = tl.where(last, M, 0)
+            if last:
+                acc = tl.zeros((TOKENS, WIDE), tl.float32)
+                for s in range(splits):
+                    acc += tl.load(mine + s * TOKENS * WIDE + one, cache_modifier=".cg")
+                tl.store(arrived + tile, 0)
+        if BIAS:
+            acc += tl.load(bias + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            acc = _silu(acc, up)
+        at = out + m.to(tl.int64)[:, None] * width + n[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=(m < filled)[:, None] & (n < width)[None, :])
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 @cache
 def _arrived(device: torch.device) -> torch.Tensor:
     """Parts that are there, by tile. Zero between launches, each of which sets it back; one stream uses it."""
@@ -150,24 +219,41 @@ def product(
 ) -> torch.Tensor:
     """x [M,K] and w [N,K] bfloat16, bias [N] -> [M,N], summed in float32 and rounded once; float32 for "logits".
 
-    "gated" -> [M,N/2]: silu of the first half of the sums times the second. M is up to 16, without `tile.dot` up to 4.
+    "gated" -> [M,N/2]: silu of the first half of the sums times the second. Without `tile.dot` M is up to 4.
     """
     (count, k), n = x.shape, len(w)
-    padded = MOST if tile.dot else triton.next_power_of_2(count)
-    dtype = torch.float32 if kind == "logits" else x.dtype
+    dtype, x = torch.float32 if kind == "logits" else x.dtype, x.contiguous()
     out = torch.empty(count, n // 2 if kind == "gated" else n, dtype=dtype, device=x.device)
-    parts, arrived, tiles = out, out, triton.cdiv(n, tile.rows)
+    padded = max(LEAST, triton.next_power_of_2(count)) if tile.dot else triton.next_power_of_2(count)
+    each = tile.tokens or padded
+    if kind == "gated" and tile.tokens and tile.splits > 1:
+        raise ValueError("a gated product with tile.tokens cannot be split")
+    parts, arrived, tiles = out, out, triton.cdiv(n, tile.rows) * triton.cdiv(count, each)
     if tile.splits > 1:
         if tiles > TILES:
             raise ValueError(f"{tiles} tiles of {tile.rows} rows cannot be split; expected at most {TILES}")
-        parts = torch.empty(tile.splits, tiles, padded, tile.rows, dtype=torch.float32, device=x.device)
+        parts = torch.empty(tile.splits, tiles, each, tile.rows, dtype=torch.float32, device=x.device)
         arrived = _arrived(x.device)
-    _product[(tiles, tile.splits)](
-        x.contiguous(), w, w if bias is None else bias, out, parts, arrived, count, n, k, tile.ahead, padded,
-        tile.rows, tile.columns, tile.stages, tile.dot, kind == "gated", bias is not None, tile.splits > 1,
-        k % tile.columns == 0, **early(x.device), num_warps=tile.warps,
-    )  # fmt: skip
+    rest = w if bias is None else bias, out, parts, arrived, count, n, k
+    how = kind == "gated", bias is not None, tile.splits > 1
+    if tile.tokens:
+        broad = tile.rows // 2 if kind == "gated" else tile.rows
+        given = (_blocks(part, size, tile.columns) for part, size in ((x, each), (w, broad)))
+        programs, processors = tiles * tile.splits, _processors(x.device)
+        _wide[(programs if tile.splits > 1 or programs < 4 * processors else processors,)](
+            *given, *rest, tile.splits, each, tile.rows, tile.columns, *how, **early(x.device),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    else:
+        _product[(tiles, tile.splits)](
+            x, w, *rest, tile.ahead, padded, tile.rows, tile.columns, tile.stages, tile.dot, *how,
+            k % tile.columns == 0, **early(x.device), num_warps=tile.warps,
+        )  # fmt: skip
     return out
+
+
+def _blocks(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
 def name_of(device: torch.device) -> str:
@@ -190,6 +276,6 @@ def key_of(kind: Kind, count: int, n: int, k: int) -> str:
 
 def chosen(kind: Kind, x: torch.Tensor, w: torch.Tensor) -> Tile | None:
     """The tile that was measured to be faster than torch on this GPU; None where none was, or none was tried."""
-    if not 0 < len(x) <= MOST or not x.dtype == w.dtype == torch.bfloat16:
+    if not len(x) or not x.dtype == w.dtype == torch.bfloat16:
         return None
     return _tuned(x.device).get(key_of(kind, len(x), *w.shape))

@@ -1,9 +1,10 @@
 """Times the ways to cut products of few rows on the GPU at hand, and writes the file of tiles that `skinny` reads.
 
-    python -m polyradix_torch.triton.tune [--out FOLDER] [linear:6144x4096 ...]
+    python -m polyradix_torch.triton.tune [--out FOLDER] [--rows 1,64] [linear:6144x4096 ...]
 
 Shapes are kind:NxK, by default those of Llama-3.1-8B. A tile is written when it is right, gives the same bits twice,
-and is faster than torch; null is written where none is. Weights take turns, so that none is left in the L2 cache.
+and is faster than torch; null is written where none is. What the file says of other shapes stays. Weights take turns,
+so that none is left in the L2 cache.
 """
 
 from __future__ import annotations
@@ -28,12 +29,24 @@ from polyradix_torch.triton import rows, skinny
 from polyradix_torch.triton.skinny import Kind, Tile, product
 
 LLAMA = ("linear:6144x4096", "linear:4096x4096", "gated:28672x4096", "linear:4096x14336", "logits:128256x4096")
-COUNTS = (1, 2, 4, 8, 16)
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 8192)  # rows of x; more than 256 are tried with a gate only
 LANES = (  # rows, columns, warps, stages
     (2, 1024, 4, 1), (2, 2048, 4, 1), (4, 512, 4, 1), (4, 1024, 4, 1), (4, 2048, 8, 1), (8, 512, 4, 1), (8, 256, 4, 1),
     (8, 1024, 8, 1), (16, 256, 4, 1), (4, 512, 4, 4), (4, 1024, 4, 3), (8, 512, 4, 4),
 )  # fmt: skip
 UNITS = ((64, 128, 4, 4), (64, 128, 4, 6), (64, 256, 4, 3), (32, 256, 2, 4), (32, 128, 2, 6), (128, 128, 8, 3))
+MORE = {  # by rows of x, after them: tokens
+    32: ((64, 128, 4, 4, 0), (64, 128, 4, 6, 0), (64, 128, 4, 3, 0), (128, 128, 8, 3, 0), (128, 64, 4, 6, 0),
+         (32, 128, 2, 6, 0)),
+    64: ((64, 128, 4, 4, 0), (64, 128, 4, 3, 0), (64, 64, 4, 8, 0), (128, 64, 4, 6, 0), (128, 128, 8, 4, 0),
+         (64, 128, 4, 6, 64), (128, 64, 4, 6, 64), (128, 128, 4, 4, 64), (128, 64, 4, 4, 64), (256, 64, 8, 5, 64)),
+    128: ((64, 64, 4, 6, 0), (64, 128, 4, 4, 0), (64, 64, 4, 4, 0), (128, 64, 8, 6, 0),
+          (128, 64, 8, 6, 128), (128, 64, 4, 6, 128), (128, 64, 4, 3, 128), (64, 64, 4, 4, 128), (256, 64, 8, 4, 128)),
+    256: ((128, 64, 8, 4, 0), (64, 64, 4, 5, 0),
+          (128, 64, 8, 4, 256), (128, 64, 8, 6, 128), (128, 64, 4, 3, 128), (256, 64, 8, 4, 128), (64, 64, 4, 4, 128)),
+    8192: ((256, 64, 8, 4, 128), (256, 64, 8, 3, 128), (128, 64, 8, 4, 256)),
+}  # fmt: skip
+PROCESSORS = 132  # what splits are guessed for
 AHEAD = (0, 512, 1024, 2048)  # beside 256, which all are tried with
 Shape = tuple[Kind, int, int, int]  # kind, count, n, k
 
@@ -58,19 +71,26 @@ class Tried:
     def __str__(self) -> str:
         kind, count, n, k = self.shape
         each = [("torch", self.torch), *((short(tile), self.tiles[tile]) for tile in self.ranked[:3])]
-        times = [f"{name} {us:.1f} us ({2 * n * k / us / 1e6:.2f} TB/s)" for name, us in each]
+        flops = 2 * count * n * k / 1e6
+        times = [f"{name} {us:.1f} us ({2 * n * k / us / 1e6:.2f} TB/s, {flops / us:.0f} TFLOP/s)" for name, us in each]
         wrong = [f"\n  {short(tile)}: {why}" for tile, why in self.wrong.items()]
-        return f"{kind:7}{count:3} x {n:6} x {k:5}  {'  '.join(times)}{''.join(wrong)}"
+        return f"{kind:7}{count:4} x {n:6} x {k:5}  {'  '.join(times)}{''.join(wrong)}"
 
 
 def short(tile: Tile) -> str:
-    """rows x columns, w warps, s stages, p parts, a ahead; + for the matrix units."""
-    mark = "+" if tile.dot else ""
+    """rows x columns, w warps, s stages, p parts, a ahead; + for the matrix units, t tokens."""
+    mark = f"t{tile.tokens}" if tile.tokens else "+" if tile.dot else ""
     return f"{tile.rows}x{tile.columns}w{tile.warps}s{tile.stages}p{tile.splits}a{tile.ahead}{mark}"
 
 
-def candidates(count: int, n: int) -> Iterator[Tile]:
+def candidates(kind: Kind, count: int, n: int) -> Iterator[Tile]:
     padded = triton.next_power_of_2(count)
+    if padded > 16:
+        for rows_, columns, warps, stages, tokens in MORE.get(padded, ()):
+            tiles = triton.cdiv(n, rows_) * (triton.cdiv(count, tokens) if tokens else 1)
+            for splits in [1] if kind == "gated" and tokens else likely(tiles):
+                yield Tile(rows_, columns, warps, stages, splits, True, 0 if tokens else 256, tokens)
+        return
     for rows_, columns, warps, stages in LANES:
         if padded <= 4 and padded * rows_ * columns <= 64 * 32 * warps:
             yield Tile(rows_, columns, warps, stages, ahead=256)
@@ -81,6 +101,11 @@ def candidates(count: int, n: int) -> Iterator[Tile]:
         enough = [splits for splits in (1, 2, 4, 8) if programs * splits >= 180 or splits == 8]
         for splits in enough[: 2 if programs < 1000 else 1]:
             yield Tile(rows_, columns, warps, stages, splits, dot=True, ahead=256)
+
+
+def likely(tiles: int) -> list[int]:
+    """The two best guesses at the number of parts: whole rounds of programs, less what joining costs."""
+    return sorted(range(1, 9), key=lambda p: triton.cdiv(tiles * p, PROCESSORS) / p * (1 + 0.04 * p))[:2]
 
 
 def build(kind: Kind, count: int, tile: Tile) -> str:
@@ -98,7 +123,7 @@ def build_all(shapes: list[Shape]) -> dict[tuple[bool, bool, int, Tile], str]:
     """What went wrong, of all that `tune` may try. Kinds and counts that share their code share their entry."""
     todo: dict[tuple[bool, bool, int, Tile], Shape] = {}
     for kind, count, n, k in shapes:
-        for tile in candidates(count, n):
+        for tile in candidates(kind, count, n):
             todo.setdefault(signature(kind, count, tile), (kind, count, n, k))
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), get_context("spawn")) as pool:
         asked = {key: pool.submit(build, shape[0], shape[1], key[-1]) for key, shape in todo.items()}
@@ -113,8 +138,8 @@ def outcome(future: Future[str]) -> str:
 
 
 def signature(kind: Kind, count: int, tile: Tile) -> tuple[bool, bool, int, Tile]:
-    padded = skinny.MOST if tile.dot else triton.next_power_of_2(count)
-    return kind == "gated", kind == "logits", padded, replace(tile, splits=min(tile.splits, 2), ahead=256)
+    padded = 0 if tile.tokens else triton.next_power_of_2(max(count, skinny.LEAST if tile.dot else 1))
+    return kind == "gated", kind == "logits", padded, replace(tile, splits=min(tile.splits, 2), ahead=0)
 
 
 def by_torch(kind: Kind, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -179,9 +204,9 @@ def tune(shape: Shape, numbers: torch.Tensor, built: dict[tuple[bool, bool, int,
         except Exception as e:
             tried.wrong[tile] = f"{type(e).__name__}: {e}"[:300]
 
-    for tile in candidates(count, n):
+    for tile in candidates(kind, count, n):
         attempt(tile)
-    for tile in tried.ranked[:2]:
+    for tile in [tile for tile in tried.ranked[:2] if not tile.tokens]:
         for ahead in AHEAD:
             attempt(replace(tile, ahead=ahead))
     return tried
@@ -200,8 +225,11 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", default=LLAMA)
     parser.add_argument("--out", type=Path, default=skinny.TUNED)
+    parser.add_argument("--rows", default=",".join(map(str, COUNTS)), help="of x, comma separated; powers of two")
     args = parser.parse_args(arguments)
-    shapes = [(kind, count, n, k) for kind, n, k in map(parse, args.shapes) for count in COUNTS]
+    counts = [int(count) for count in args.rows.split(",")]
+    shapes = [(*shape, count) for shape in map(parse, args.shapes) for count in counts]
+    shapes = [(kind, count, n, k) for kind, n, k, count in shapes if count <= 256 or kind == "gated"]
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as the backend has it
     gc.freeze()  # torch collects garbage before each capture
     with torch.inference_mode():
@@ -214,13 +242,16 @@ def main(arguments: list[str]) -> None:
             print(found[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = skinny.name_of(torch.device("cuda", torch.cuda.current_device()))
-    (args.out / name).write_text(file_of(found))
+    (args.out / name).write_text(file_of(found, skinny.TUNED / name))
     times = {skinny.key_of(*t.shape): {short(i): t.tiles[i] for i in t.ranked} for t in found}
     (args.out / "times.json").write_text(json.dumps(times, indent=1))
 
 
-def file_of(found: list[Tried]) -> str:
-    lines = [f"  {json.dumps(skinny.key_of(*t.shape))}: {json.dumps(t.best and asdict(t.best))}" for t in found]
+def file_of(found: list[Tried], old: Path) -> str:
+    """With what `old` says of other shapes."""
+    tiles = json.loads(old.read_text())["products"] if old.exists() else {}
+    tiles |= {skinny.key_of(*t.shape): t.best and asdict(t.best) for t in found}
+    lines = [f"  {json.dumps(key)}: {json.dumps(tile)}" for key, tile in tiles.items()]
     about = f'"torch": "{torch.__version__}", "triton": "{triton.__version__}"'
     return "{" + about + ', "products": {\n' + ",\n".join(lines) + "\n}}\n"
 

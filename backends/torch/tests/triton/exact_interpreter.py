@@ -93,7 +93,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
     def init(self: Any, args: Any, kwargs: Any) -> Any:
         host = arguments(self, args, kwargs)
-        extents.record([x for x in (*host[0], *host[1].values()) if hasattr(x, "data_ptr") and x.numel()])
+        given = [getattr(x, "base", x) for x in (*host[0], *host[1].values())]  # of a tensor descriptor, its tensor
+        extents.record([x for x in given if hasattr(x, "data_ptr") and x.numel()])
         return host
 
     def quiet(self: Any, *args: Any, **kwargs: Any) -> Any:

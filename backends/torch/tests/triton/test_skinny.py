@@ -19,6 +19,7 @@ from polyradix_torch.triton.skinny import TUNED, Tile, product
 
 LANES = Tile(rows=4, columns=64, warps=4, stages=1)
 UNITS = Tile(rows=16, columns=32, warps=4, stages=3, dot=True)
+WIDE = Tile(rows=32, columns=32, warps=4, stages=3, dot=True, tokens=16)
 HALF = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -71,6 +72,34 @@ def test_an_odd_number_of_rows(tile: Tile) -> None:
     rng = np.random.default_rng(0)
     x, w = normal(rng, 2, 77), normal(rng, 37, 77)
     check(product(x, w, None, replace(tile, splits=2)), expected(x, w, None, "linear"))
+
+
+@pytest.mark.parametrize("kind", ["linear", "gated", "logits"])
+@pytest.mark.parametrize(("count", "n", "k", "processors"), [(48, 96, 128, 132), (150, 40, 40, 1), (3, 88, 72, 1)])
+def test_many_rows(
+    count: int, n: int, k: int, processors: int, kind: skinny.Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a program for each tile, and with one for all; with more than eight rows of tiles."""
+    monkeypatch.setattr(skinny, "_processors", lambda device: processors)
+    rng = np.random.default_rng(count)
+    x, w, bias = normal(rng, count, k), normal(rng, n, k), normal(rng, n)
+    check(product(x, w, None, WIDE, kind), expected(x, w, None, kind))
+    check(product(x, w, bias, WIDE, kind), expected(x, w, bias, kind))
+
+
+@pytest.mark.parametrize("tile", [UNITS, WIDE])
+def test_parts_of_many_rows(tile: Tile) -> None:
+    rng = np.random.default_rng(5)
+    x, w, bias = normal(rng, 40, 136), normal(rng, 72, 136), normal(rng, 72)
+    for splits in (2, 3, 2):
+        check(product(x, w, bias, replace(tile, splits=splits)), expected(x, w, bias, "linear"))
+        assert not skinny._arrived(x.device).any()
+
+
+def test_a_gate_over_parts() -> None:
+    x = torch.zeros(32, 32, dtype=HALF)
+    with pytest.raises(ValueError, match="cannot be split"):
+        product(x, x, None, replace(WIDE, splits=2), "gated")
 
 
 def test_rows_of_x_apart() -> None:
