@@ -91,5 +91,9 @@ def test_a_block_read_before_it_is_there_is_a_race(case, races, monkeypatch):
     monkeypatch.setattr(Softmax, "add", late)
     heads = Heads(4, 2, 64)
     c = case([1, 1], [33, 53], heads, 16, "float32")
-    c.attend(ragged.attend, AttnSpec(heads, 0.125), interpret=CHECKED)
-    assert races()
+    try:
+        c.attend(ragged.attend, AttnSpec(heads, 0.125), interpret=CHECKED)
+    except RuntimeError as error:  # from JAX 0.12 on
+        assert "RACE DETECTED" in str(error)  # noqa: PT017
+    else:
+        assert races()

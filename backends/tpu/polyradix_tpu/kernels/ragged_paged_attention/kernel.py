@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polyradix_tpu.kernels.ragged_paged_attention.sizes import ALIGN, LANES, Items, Sizes
-from polyradix_tpu.kernels.ragged_paged_attention.softmax import Softmax, clear, keys_values, unpack
+from polyradix_tpu.kernels.ragged_paged_attention.softmax import Softmax, keys_values, unpack
 from polyradix_tpu.kernels.ragged_paged_attention.stream import Stream
 
 Ref: TypeAlias = Any
@@ -35,12 +35,12 @@ def _blocks(z: Sizes, s: Stream, state: Softmax, i: Any, q: Ref, offsets: Ref, s
 
     def block(b: Any, _: None) -> None:
         rows, past = s.read(i, b), b * z.tokens
-        clear(rows, (s.m.keys[i] - past) * z.rows)
+        limit = s.m.keys[i] - past
         if words is not None:
-            unpack(rows, words)
+            unpack(z, rows, words, limit)
 
         def one(part: Any, _: None) -> None:
-            k, v = keys_values(z, rows, words, part)
+            k, v = keys_values(z, rows, words, limit, part)
             state.add(part, q[part].reshape(-1, dim), k, v, offsets, s.m.query[i] - past)
 
         lax.fori_loop(0, parts, one, None)

@@ -58,7 +58,7 @@ class Sizes:
         at, row = np.arange(self.chunk, dtype=np.int32), np.arange(rows, dtype=np.int32)[:, None]
         if self.tile > 1:
             return at - row % self.tile
-        key = at // self.pack + at % self.pack * (self.columns // self.pack)  # the order that `apart` leaves
+        key = at // self.pack + at % self.pack * (self.columns // self.pack)  # the order that keys_values leaves
         mine = key % self.heads == row // (rows // self.heads)
         return np.where(mine, key // self.heads, np.int32(NEVER))
 

@@ -20,26 +20,11 @@ UPPER = np.uint32(0xFFFF0000)
 Ref: TypeAlias = Any
 
 
-def clear(rows: Ref, limit: Any) -> None:
-    """Zeros from row `limit` on: what is there is nobody's, and 0 * NaN is NaN."""
-
-    def zero() -> None:
-        at = lax.broadcasted_iota(jnp.int32, rows.shape, 0)
-        rows[...] = jnp.where(at < limit, rows[...], jnp.zeros((), rows.dtype))
-
-    pl.when(limit < rows.shape[0])(zero)
-
-
-def unpack(rows: Ref, words: Ref) -> None:
-    """rows [n,D] into words [D/LANES, n', LANES] of 32 bits: only such can be read with a stride."""
-    for c in range(words.shape[0]):
-        words[c] = pltpu.bitcast(rows[:, c * words.shape[2] : (c + 1) * words.shape[2]], words.dtype)
-
-
-def keys_values(z: Sizes, rows: Ref, words: Ref | None, part: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of one head [tokens, D]; flat, of all heads at once [tokens*Hk, D]."""
+def keys_values(z: Sizes, rows: Ref, words: Ref | None, limit: Any, part: Any) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of one head [tokens, D]; flat, of all heads at once [tokens*Hk, D]. From token `limit` on they
+    are zeros, since what is there is nobody's, and 0 * NaN is NaN."""
     if words is None:
-        return apart(rows[...])
+        return _apart(rows[...], limit * z.heads)
     count, stride = (z.columns, 1) if z.tile == 1 else (z.tokens, z.heads)
     if z.pack == 1:
         return _strided(words, 2 * part, count, 2 * stride), _strided(words, 2 * part + 1, count, 2 * stride)
@@ -48,12 +33,24 @@ def keys_values(z: Sizes, rows: Ref, words: Ref | None, part: Any) -> tuple[jax.
     return k, v
 
 
-def apart(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpack(z: Sizes, rows: Ref, words: Ref, limit: Any) -> None:
+    """rows [n,D] into words [D/LANES, n', LANES] of 32 bits: only such can be read with a stride."""
+    for c in range(words.shape[0]):
+        part = pltpu.bitcast(rows[:, c * words.shape[2] : (c + 1) * words.shape[2]], words.dtype)
+        words[c] = _until(part, limit * z.rows // z.pack)
+
+
+def _apart(rows: jax.Array, limit: Any) -> tuple[jax.Array, jax.Array]:
     """Keys and values of 16 bits [n,D] among rows [2n,D]. Row 2i of either is the i-th, row 2i + 1 is the n/2 + i-th:
     two words with a key and a value each become one with two keys and one with two values."""
-    one, two = jnp.split(pltpu.bitcast(rows, jnp.uint32), 2)
+    one, two = jnp.split(_until(pltpu.bitcast(rows, jnp.uint32), limit), 2)
     k, v = (one & ~UPPER) | (two << 16), (one >> 16) | (two & UPPER)
     return pltpu.bitcast(k, rows.dtype), pltpu.bitcast(v, rows.dtype)
+
+
+def _until(words: jax.Array, limit: Any) -> jax.Array:
+    at = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    return jnp.where(at < limit, words, jnp.zeros((), words.dtype))
 
 
 def _strided(words: Ref, first: Any, size: int, stride: int) -> jax.Array:
