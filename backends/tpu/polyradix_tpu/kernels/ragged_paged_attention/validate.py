@@ -13,8 +13,8 @@ from polyradix_tpu.kernels.ragged_paged_attention.sizes import LANES, Sizes
 
 BLOCKS = Path(__file__).with_name("blocks.json")
 SUBLANES = 8
-VMEM = 48 << 20  # bytes that one call may use: the smallest chip has 64 MiB
-SMEM = 1 << 19  # bytes of page table and items: chips have 1 MiB
+VMEM = 48 << 20  # bytes that one call may use; the smallest chip has 64 MiB
+SMEM = 1 << 19  # bytes of page table and items; chips have 1 MiB
 DTYPES = ("bfloat16", "float32")
 COLUMNS = 2048  # of a flat block's scores at most
 
@@ -59,8 +59,8 @@ def vmem(z: Sizes, a: AttnSpec, dim: int, dtype: Any) -> int:
 
 
 def problems(q: Any, kv: Any, shape: Shape, a: AttnSpec, interpret: bool = False) -> list[str]:
-    """Why the kernel does not take q [T,Hq,D] and kv [pages, page, 2*Hk, D]: field, value, what was expected. An
-    interpreter has no tiles in its memory, and takes any sizes that are multiples of their parts."""
+    """Why the kernel does not take q [T,Hq,D] and kv [pages, page, 2*Hk, C]: field, value, what was expected. What is
+    expected of tiles does not hold for an interpreter, whose memory has none."""
     heads, (_, page, rows, dim) = a.heads, kv.shape
     out = []
 
@@ -81,8 +81,8 @@ def problems(q: Any, kv: Any, shape: Shape, a: AttnSpec, interpret: bool = False
         tiled = rows % SUBLANES == 0 or (dim == LANES and rows in (2, 4))
         expect(dim % LANES == 0, "head_dim in the cache", dim, f"a multiple of {LANES}")
         expect(tiled, "rows of a slot", rows, f"a multiple of {SUBLANES}, or 2 or 4 with head_dim {LANES}")
-    words = 4 * (shape.seqs * shape.pages + 4 * max(shape.seqs, shape.tiles))
-    expect(words <= SMEM, "bytes of the page table", words, f"at most {SMEM}")
+    scalars = 4 * (shape.seqs * shape.pages + 6 * max(shape.seqs, shape.tiles))
+    expect(scalars <= SMEM, "bytes of page table and items", scalars, f"at most {SMEM}; larger pages make it smaller")
     for tile in {1, shape.tile}:
         size = plan(kv, shape, a, tile)[1]
         expect(size <= VMEM, f"VMEM for tiles of {tile}", size, f"at most {VMEM}")
