@@ -1,4 +1,5 @@
-"""Attention kernels on one GPU: plans checked against float64, then timed on the shapes that serving meets.
+"""Attention kernels on one GPU: checked against float64, then timed on the shapes that serving meets. Prefill and
+decode are timed as they are, shared keys by several plans, after decode that does not know of them.
 
     python bench/h100_attention.py [--workers 16]
 
@@ -14,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from triton.runtime.jit import JITFunction
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import AttnSpec, Heads
-from polyradix_torch.triton import attention
+from polyradix_torch.triton import attention, prefix
 from polyradix_torch.triton.attention import Paged, Plan
+from polyradix_torch.triton.capture import splits_for
 from polyradix_torch.triton.upload import upload
 
 LLAMA = Heads(32, 8, 128)
@@ -35,6 +36,8 @@ CACHED = 256 << 20  # bytes of keys and values to read before any is read again
 class Case:
     name: str
     seqs: tuple[tuple[int, int], ...]  # (cached, new) tokens
+    groups: int = 0  # sequence i is in group i % groups,
+    common: int = 0  # which has so many first tokens in common
     heads: Heads = LLAMA
     page: int = 16
     window: int | None = None
@@ -47,7 +50,9 @@ class Case:
 
     @property
     def kv_bytes(self) -> int:
-        return sum(map(sum, self.seqs)) * 2 * self.heads.kv * self.heads.dim * self.dtype.itemsize
+        """Each key once."""
+        tokens = sum(map(sum, self.seqs)) - (len(self.seqs) - self.groups) * self.common * (self.groups > 0)
+        return tokens * 2 * self.heads.kv * self.heads.dim * self.dtype.itemsize
 
     @property
     def flops(self) -> int:
@@ -55,16 +60,24 @@ class Case:
 
 
 ODD = ((0, 1), (0, 33), (37, 100), (256, 64), (0, 200), (5, 1), (1000, 1), (130, 129), (0, 513))
-CHECKS = (
-    Case("plain", ODD),
-    Case("window 70", ODD, window=70),
-    Case("softcap", ODD, softcap=5.0),
-    Case("D64 G8", ODD, Heads(16, 2, 64), 32, window=200),
-    Case("D256 G2 page 1", ODD, Heads(8, 4, 256), 1),
-    Case("G7 page 128", ODD, Heads(28, 4, 128), 128),
-    Case("D80", ODD, Heads(8, 2, 80)),
-    Case("float32", ODD, Heads(8, 2, 128), dtype=torch.float32),
-)
+LONG = ((1100, 1), (1037, 1), (1500, 1), (1034, 1)) * 6 + ((40, 1), (0, 70))  # some share, others do not
+
+
+def kinds(seqs: tuple[tuple[int, int], ...], common: int = 0) -> tuple[Case, ...]:
+    sharing = {"groups": 2 * (common > 0), "common": common}
+    return (
+        Case("plain", seqs, **sharing),
+        Case("softcap", seqs, softcap=5.0, **sharing),
+        Case("D64 G8 window 200", seqs, heads=Heads(16, 2, 64), page=32, window=200, **sharing),
+        Case("D64 G8", seqs, heads=Heads(16, 2, 64), page=32, **sharing),
+        Case("D256 G2 page 1", seqs, heads=Heads(8, 4, 256), page=1, **sharing),
+        Case("G7 page 128", seqs, heads=Heads(28, 4, 128), page=128, **sharing),
+        Case("D80", seqs, heads=Heads(8, 2, 80), **sharing),
+        Case("float32", seqs, heads=Heads(8, 2, 128), dtype=torch.float32, **sharing),
+    )
+
+
+CHECKS = *kinds(ODD), *kinds(LONG, 1024)
 PREFILLS = (
     Case("prefill 2 x 4096", ((0, 4096),) * 2),
     Case("prefill 16 x 512", ((0, 512),) * 16),
@@ -76,27 +89,64 @@ DECODES = (
     Case("decode 64 x 4096", ((4095, 1),) * 64),
     Case("decode 1 x 1024", ((1023, 1),)),
 )
-SPLITS = {DECODES[0].name: (1, 2), DECODES[1].name: (1,), DECODES[2].name: (1, 2, 4), DECODES[3].name: (16, 32)}
+SHARED = (
+    Case("shared 8 x 32 x (2048 + 96)", ((2143, 1),) * 256, 8, 2048),
+    Case("shared 1 x 64 x (4096 + 128)", ((4223, 1),) * 64, 1, 4096),
+    Case("shared 16 x 4 x (512 + 96)", ((607, 1),) * 64, 16, 512),
+    Case("shared 1 x 16 x (576 + 96)", ((671, 1),) * 16, 1, 576),
+    Case("shared 1 x 5 x (2048 + 96)", ((2143, 1),) * 5, 1, 2048),
+)
+PROCESSORS = 132
 
 
-def prefill_plans() -> Iterator[Plan]:
-    """For heads of 128 in bfloat16."""
-    shapes = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4)]
-    shapes += [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4)]
-    for (rows, keys, warps, stages), dense in product(shapes, (True, False)):
-        yield Plan(keys, warps, stages, rows, dense)
-        if dense and keys < 128:
-            yield Plan(keys, warps, stages, rows, dense, skew=True)
-    for rows, keys, warps in ((128, 128, 8), (128, 64, 8), (64, 64, 4)):
-        yield Plan(keys, warps, 2, rows, True, pack=False)
+@dataclass(frozen=True)
+class Try:
+    """One way to launch a case: its plan, and of shared keys the tile's plan and how they are cut."""
+
+    plan: Plan
+    tile: Plan | None = None
+    members: int = attention.MEMBERS
+    items: int = prefix.ITEMS
+
+    def __str__(self) -> str:
+        cut = f"{self.plan.rows}x{self.plan.keys}" if self.plan.rows else f"keys {self.plan.keys}"
+        name = f"{cut} warps {self.plan.warps} stages {self.plan.stages}{' dense' * self.plan.dense}"
+        if self.tile:
+            t = self.tile
+            name += f" | {t.rows}x{t.keys} warps {t.warps} stages {t.stages} members {self.members} items {self.items}"
+        return name
 
 
-def decode_plans(splits: int) -> Iterator[Plan]:
-    shapes = ((16, 1), (32, 1), (32, 2), (64, 2), (128, 2), (32, 4), (64, 4), (128, 4))
-    for (keys, warps), stages in product(shapes, (1, 2, 3, 5) if splits == 1 else (2, 3)):
-        yield Plan(keys, warps, stages)
-        if splits > 4:
-            yield Plan(keys, warps, stages, fused=True)
+def usual(case: Case) -> Iterator[Try]:
+    """As serving launches it."""
+    q: Any = torch.empty(1, 1, case.heads.dim, dtype=case.dtype, device="cuda")
+    prefill = attention.prefill_plan(q)
+    if any(new > 1 for _, new in case.seqs):
+        yield Try(prefill)
+    if any(new == 1 for _, new in case.seqs):
+        yield Try(attention.decode_plan(q, splits_of(case)), prefill if case.groups else None)
+
+
+def tiles(case: Case) -> Iterator[Try]:
+    """Ways to read shared keys; the first does not know of them."""
+    q: Any = torch.empty(1, 1, case.heads.dim, dtype=case.dtype, device="cuda")
+    plan = attention.decode_plan(q, splits_of(case))
+    yield Try(plan)
+    for rows, keys, warps, stages in (
+        (64, 64, 4, 3),
+        (64, 64, 4, 2),
+        (64, 32, 4, 4),
+        (128, 64, 8, 3),
+        (128, 64, 8, 2),
+        (128, 64, 4, 2),
+    ):
+        for items in (16, 32, 64):
+            yield Try(plan, Plan(keys, warps, stages, rows), rows // 4, items)
+    yield Try(Plan(64, 4), Plan(64, 4, 3, 64))
+
+
+def splits_of(case: Case) -> int:
+    return splits_for(len(case.seqs) * case.heads.kv, PROCESSORS)
 
 
 @dataclass(frozen=True)
@@ -118,6 +168,8 @@ def batch_of(case: Case) -> HostBatch:
     ids = (rng.permutation(total_pages(case) - 1) + 1)[: counts.sum()].astype(np.int32)
     pages = np.zeros((len(kv), counts.max()), np.int32)
     pages[np.arange(counts.max()) < counts[:, None]] = ids
+    for s in np.flatnonzero(kv > case.common) if case.groups else ():
+        pages[s, : case.common // case.page] = pages[s % case.groups, : case.common // case.page]
     cu_q = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     positions = np.concatenate([np.arange(n - m, n) for n, m in zip(kv, new, strict=True)]).astype(np.int32)
     owner = np.repeat(np.arange(len(kv)), new)
@@ -143,20 +195,24 @@ def data_of(case: Case, layers: int, fill: bool) -> Data:
     return Data(q, k, v, caches, batch)
 
 
-def paged(case: Case, batch: HostBatch, rows: int, splits: int) -> Paged:
-    return upload(batch, case.page, rows, splits, torch.device("cuda"))[0].paged
+def paged(case: Case, batch: HostBatch, way: Try) -> Paged:
+    attention.MEMBERS, prefix.MEMBERS, prefix.ITEMS = way.members, way.members, way.items
+    at = upload(batch, case.page, way.plan.rows or 64, splits_of(case), torch.device("cuda"))[0].paged
+    if way.tile and not at.shared:
+        raise ValueError("nothing is shared")
+    return at if way.tile else replace(at, shared=None)
 
 
-def launch(case: Case, x: Data, plan: Plan, splits: int, at: Paged) -> Callable[[], torch.Tensor]:
+def launch(case: Case, x: Data, way: Try) -> Callable[[], torch.Tensor]:
     """Once for every layer; the last one's output [T,Hq,D]."""
-    out = torch.zeros_like(x.q, memory_format=torch.contiguous_format)
+    out, at = torch.zeros_like(x.q, memory_format=torch.contiguous_format), paged(case, x.batch, way)
 
     def run() -> torch.Tensor:
         for kv in x.caches:
-            if plan.rows:
-                attention.launch_prefill(x.q, x.k, x.v, kv, out, at, case.spec, plan)
+            if way.plan.rows:
+                attention.launch_prefill(x.q, x.k, x.v, kv, out, at, case.spec, way.plan)
             else:
-                attention.launch_decode(x.q, kv, out, at, case.spec, plan)
+                attention.launch_decode(x.q, kv, out, at, case.spec, way.plan, way.tile)
         return out
 
     return run
@@ -193,36 +249,6 @@ def poison(case: Case, x: Data) -> None:
         c.flatten(0, 1)[mine] = kept
 
 
-Job = tuple[Case, Plan, int]
-
-
-def check_jobs(decode: bool) -> Iterator[Job]:
-    """Every plan on the plain case; on others what serving uses, and each switch turned."""
-    for case in CHECKS:
-        x = torch.empty(1, 1, case.heads.dim, dtype=case.dtype, device="cuda")
-        if decode:
-            yield from ((case, replace(attention.decode_plan(x), fused=f), n) for f, n in ((False, 1), (True, 3)))
-            continue
-        usual = attention.prefill_plan(x)
-        yield case, usual, 1
-        if usual.dense:
-            yield from ((case, p, 1) for p in (replace(usual, skew=True), replace(usual, dense=False)))
-    for splits in (1, 4, 16) if decode else (1,):
-        yield from ((CHECKS[0], plan, splits) for plan in (decode_plans(splits) if decode else prefill_plans()))
-
-
-def time_jobs(decode: bool) -> Iterator[Job]:
-    for case in DECODES if decode else PREFILLS:
-        for splits in SPLITS[case.name] if decode else (1,):
-            yield from ((case, plan, splits) for plan in (decode_plans(splits) if decode else prefill_plans()))
-
-
-def title(plan: Plan, splits: int) -> str:
-    on = [name for name in ("dense", "skew", "pack") if plan.rows and getattr(plan, name)]
-    cut = f"{plan.rows}x{plan.keys}" if plan.rows else f"splits {splits}{' fused' * plan.fused} keys {plan.keys}"
-    return " ".join([cut, f"warps {plan.warps} stages {plan.stages}", *on])
-
-
 def tried(name: str, run: Callable[[], Any]) -> Any:
     """What `run` gives, or None when it fails; a broken device ends the process."""
     try:
@@ -254,20 +280,26 @@ def error(x: Data, got: torch.Tensor, want: torch.Tensor, decode: bool) -> float
     return worst
 
 
-def check(decode: bool) -> None:
+def launched(case: Case, x: Data, way: Try) -> torch.Tensor:
+    return launch(case, x, way)()
+
+
+def check() -> None:
     bad = count = 0
-    sides = {case: prepared(case) for case in CHECKS}
-    for case, plan, splits in check_jobs(decode):
-        x, want = sides[case]
-        name = f"{case.name}: {title(plan, splits)}"
-        at = paged(case, x.batch, plan.rows or 64, splits)
-        got = tried(name, launch(case, x, plan, splits, at))
-        worst = torch.inf if got is None else error(x, got, want, decode)
-        bound = 6e-3 if case.dtype == torch.bfloat16 else 1e-5
-        if worst > bound:
-            print(f"WRONG   {name}: relative error {worst:.1e}, bound {bound:.0e}", flush=True)
-        bad, count = bad + (worst > bound), count + 1
-    print(f"{'decode' if decode else 'prefill'} checks: {bad} of {count} wrong", flush=True)
+    for case in CHECKS:
+        x, want = prepared(case)
+        ways = list(usual(case))
+        if case.name == "plain" and case.groups:
+            ways += tiles(case)
+        for way in ways:
+            name = f"{case.name}{' shared' * (case.groups > 0)}: {way}"
+            got = tried(name, partial(launched, case, x, way))
+            worst = torch.inf if got is None else error(x, got, want, not way.plan.rows)
+            bound = 6e-3 if case.dtype == torch.bfloat16 else 1e-5
+            if worst > bound:
+                print(f"WRONG   {name}: relative error {worst:.1e}, bound {bound:.0e}", flush=True)
+            bad, count = bad + (worst > bound), count + 1
+    print(f"checks: {bad} of {count} wrong", flush=True)
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -288,41 +320,38 @@ def seconds(run: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-def measure(decode: bool) -> None:
-    found: dict[str, list[tuple[float, str]]] = {}
-    data: dict[Case, Data] = {}
-    for case, plan, splits in time_jobs(decode):
-        if case not in data:
-            data.clear()
-            data[case] = data_of(case, max(1, min(32, -(-CACHED // case.kv_bytes))), True)
-        x, name = data[case], title(plan, splits)
-        at = paged(case, x.batch, plan.rows or 64, splits)
-        took = tried(f"{case.name}: {name}", partial(seconds, launch(case, x, plan, splits, at)))
-        if took is not None:
-            took /= len(x.caches)
-            line = f"{took * 1e6:8.1f} us {rate(case, decode, took)}  {name}"
-            found.setdefault(case.name, []).append((took, line))
-    for case_name, rows in found.items():
-        best = sorted(rows)
-        print(
-            "\n  ".join([f"\n{case_name}, {len(rows)} plans", *(line for _, line in best[:16]), "slowest", best[-1][1]])
-        )
+def measure() -> None:
+    for case in (*PREFILLS, *DECODES, *SHARED):
+        x = data_of(case, max(1, min(32, -(-CACHED // case.kv_bytes))), True)
+        found = []
+        for way in tiles(case) if case.groups else usual(case):
+            took = tried(f"{case.name}: {way}", partial(timed, case, x, way))
+            if took is not None:
+                took /= len(x.caches)
+                found.append((took, f"{took * 1e6:8.1f} us {rate(case, took)}  {way}"))
+        first = [line for _, line in found[:1]]
+        print("\n  ".join([f"\n{case.name}", *first, *(line for _, line in sorted(found[1:])[:10])]), flush=True)
 
 
-def rate(case: Case, decode: bool, took: float) -> str:
-    return f"{case.kv_bytes / took / 1e12:6.2f} TB/s" if decode else f"{case.flops / took / 1e12:6.0f} TFLOP/s"
+def timed(case: Case, x: Data, way: Try) -> float:
+    return seconds(launch(case, x, way))
 
 
-def compile_one(job: Job) -> str:
+def rate(case: Case, took: float) -> str:
+    if case.seqs[0][1] > 1:
+        return f"{case.flops / took / 1e12:6.0f} TFLOP/s"
+    return f"{case.kv_bytes / took / 1e12:6.2f} TB/s"
+
+
+def compile_one(job: tuple[Case, Try]) -> str:
     """Compiles what the launch needs into the cache on disk, and runs nothing."""
-    case, plan, splits = job
+    case, way = job
     try:
         JITFunction.run = compiling()
-        small = replace(case, seqs=((0, 2),) if plan.rows else ((0, 1),))
-        x = data_of(small, 1, False)
-        launch(small, x, plan, splits, paged(small, x.batch, plan.rows or 64, splits))()
+        x = data_of(case, 1, False)
+        launch(case, x, way)()
     except Exception as e:
-        return f"NO CODE {title(plan, splits)} ({case.heads.dim}): {type(e).__name__} {str(e)[:200]}"
+        return f"NO CODE {case.name} {way}: {type(e).__name__} {str(e)[:200]}"
     return ""
 
 
@@ -333,29 +362,26 @@ def compiling() -> Any:
 
 
 def build(workers: int) -> None:
-    def key(job: Job) -> Any:
-        case, plan, splits = job
-        return case.heads, case.page, case.window is None, case.softcap, case.dtype, plan, splits
-
-    jobs = {key(j): j for decode in (True, False) for j in (*check_jobs(decode), *time_jobs(decode))}
     start = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for problem in pool.imap_unordered(compile_one, jobs.values()):
+    ways = [(case, way) for case in (*CHECKS, *PREFILLS, *DECODES) for way in usual(case)]
+    ways += [(case, way) for case in SHARED for way in tiles(case) if way.items == prefix.ITEMS]
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
+        for problem in pool.imap_unordered(compile_one, ways):
             if problem:
                 print(problem, flush=True)
-    print(f"{len(jobs)} plans compiled in {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{len(ways)} launches compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=16)
     build(parser.parse_args().workers)
-    for part, decode in product((check, measure), (False, True)):
-        process = multiprocessing.get_context("spawn").Process(target=part, args=(decode,))
+    for part in (check, measure):
+        process = multiprocessing.get_context("spawn").Process(target=part)
         process.start()
         process.join()
         if process.exitcode:
-            print(f"{part.__name__} {'decode' if decode else 'prefill'} ended with {process.exitcode}", flush=True)
+            print(f"{part.__name__} ended with {process.exitcode}", flush=True)
 
 
 if __name__ == "__main__":
