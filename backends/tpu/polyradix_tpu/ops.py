@@ -75,9 +75,11 @@ class JaxOps(Expansions):
         whole = part if w.axis is None else self._collectives.all_gather(part, 1)
         return whole[:, : w.rows]  # the last shards end with padding
 
-    def layers(self, body: LayerBody, params: Sequence[Any], carry: Any, kv: Any) -> tuple[Any, Any]:
+    def layers(
+        self, body: LayerBody, params: Sequence[Any], carry: Any, kv: Any, tail: LayerBody | None = None
+    ) -> tuple[Any, Any]:
         """Unrolled; layers of the same shapes are traced once."""
-        return super().layers(jax.jit(body), params, carry, kv)
+        return super().layers(jax.jit(body), params, carry, kv, tail)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""

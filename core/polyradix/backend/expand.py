@@ -26,10 +26,13 @@ class Expansions:
     def linear_gated(self: Any, x: Array, w: Weight, kind: Literal["silu"]) -> Array:
         return self.gated(self.linear(x, w), kind)
 
-    def layers(self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV) -> tuple[Any, KV]:
-        out = []
+    def layers(
+        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+    ) -> tuple[Any, KV]:
+        out: list[KV] = []
         for layer, layer_kv in zip(params, kv, strict=True):
-            carry, layer_kv = body(layer, carry, layer_kv)
+            each = tail if tail and len(out) + 1 == len(params) else body
+            carry, layer_kv = each(layer, carry, layer_kv)
             out.append(layer_kv)
         return carry, out
 

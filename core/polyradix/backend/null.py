@@ -86,7 +86,9 @@ class NullOps(Expansions):
     def logits(self, x: Array, w: Weight) -> Array:
         return x
 
-    def layers(self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV) -> tuple[Any, KV]:
+    def layers(
+        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+    ) -> tuple[Any, KV]:
         return carry, kv
 
 

@@ -164,7 +164,9 @@ class Ops(Protocol):
     def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
     def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
     def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
-    def layers(self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV) -> tuple[Any, KV]: ...
+    def layers(  # body for one layer after the other, and tail, if there is one, instead of it for the last
+        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+    ) -> tuple[Any, KV]: ...
 
     # Fused verbs: each has an expansion in backend/expand.py, which a backend inherits until its own is faster.
     def add_rms_norm(self, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]: ...  # normed, sum

@@ -110,19 +110,30 @@ def make_step(spec: ModelSpec) -> Step:
     def step(ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
         top = params.top
 
-        def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+        def mix(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[Array, Array, KV]:
             x, h = carry
             q, k, v = ops.qkv(x, w["qkv"], heads)
             if spec.qk_norm:
                 q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)
             q, k = ops.rope(q, k, top["rope"], m)
             a, kv = ops.attend(q, k, v, kv, m, attn)
+            return a, h, kv
+
+        def feed(w: dict[str, Weight], a: Array, h: Array) -> tuple[Array, Array]:
             x, h = ops.add_rms_norm(ops.linear_reduce(a, w["o"]), h, w["mlp_norm"], eps)
             g = ops.linear_gated(x, w["gate_up"], "silu")
-            return ops.add_rms_norm(ops.linear_reduce(g, w["down"]), h, w["next_norm"], eps), kv
+            return ops.add_rms_norm(ops.linear_reduce(g, w["down"]), h, w["next_norm"], eps)
+
+        def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+            a, h, kv = mix(w, carry, kv)
+            return feed(w, a, h), kv
+
+        def tail(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+            a, h, kv = mix(w, carry, kv)
+            return feed(w, ops.last(a, m), ops.last(h, m)), kv  # nobody asks for the other rows any more
 
         h = ops.embed(top["embed"], m)
-        (x, _), kv = ops.layers(body, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv)
-        return ops.logits(ops.last(x, m), top["logits"]), kv
+        (x, _), kv = ops.layers(body, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv, tail)
+        return ops.logits(x, top["logits"]), kv
 
     return step
