@@ -39,8 +39,8 @@ from polyradix.backend.shard import check_kv, check_param
 from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
 from polyradix_tpu.device import host_memory
-from polyradix_tpu.kernels import XLA
-from polyradix_tpu.mesh import AXIS, HEADS, MeshCollectives, kv_page_bytes, make_mesh, place
+from polyradix_tpu.kernels import choose
+from polyradix_tpu.mesh import AXIS, HEADS, LANES, MeshCollectives, cache_shape, kv_page_bytes, make_mesh, place
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
 
@@ -62,20 +62,30 @@ class Prepared:
     sizes: tuple[int, int, int]  # of the HostBatch
 
 
+@dataclass(frozen=True)
+class Cache:
+    """What the core holds as a KV: an array [pages, page, 2*Hk, C] per layer, split over the mesh by heads. What is
+    beyond the head size `dim` stays zero."""
+
+    layers: list[jax.Array]
+    dim: int
+
+
 class TPUBackend:
-    """A KV is a list with an array [pages, page, 2*Hk, D] per layer, split over the mesh by heads."""
 
     ops: Ops
     collectives: Collectives
 
-    def __init__(self, devices: Sequence[Any], tp: int, growth: int | None, warm: bool) -> None:
+    def __init__(self, devices: Sequence[Any], tp: int, growth: int | None, warm: bool, kernels: str) -> None:
         self._mesh = make_mesh(devices, tp)
         self.collectives = Alone() if tp == 1 else MeshCollectives(tp)
-        self.ops = JaxOps(self.collectives, XLA)
-        self._warm = warm
         self._device = devices[0]
         self._real = self._device.platform == "tpu"
-        self._ladder = Ladder(growth or (2 if self._real else 4))
+        self._lanes = LANES if self._real else 1
+        chosen = choose(kernels, self._real)
+        self.ops = JaxOps(self.collectives, chosen)
+        self._warm = warm
+        self._ladder = Ladder(growth or (2 if self._real else 4), chosen.tile)
         self._everywhere = NamedSharding(self._mesh, PartitionSpec())
         self._fetcher = ThreadPoolExecutor(2, "polyradix-fetch")
         self.caps = Capabilities(
@@ -90,7 +100,7 @@ class TPUBackend:
             max_tp=len(devices),
             emulated=not self._real,
             notes=(
-                f"kernels: {XLA.name}",
+                f"kernels: {chosen.name}",
                 "a prefix hit is not bit-exact with a miss: products sum as their sizes suit XLA",
             ),
         )
@@ -115,14 +125,14 @@ class TPUBackend:
     def kv_page_bytes(self, spec: KVSpec) -> int:
         check_kv(spec, self._mesh.size)
         _dtype(spec.dtype, "KV")
-        return kv_page_bytes(spec, self._mesh.size, self._real)
+        return kv_page_bytes(spec, self._mesh.size, self._lanes)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         check_kv(spec, self._mesh.size)
-        shape = (pages, spec.page_size, 2 * spec.kv_heads, spec.head_dim)
-        where = NamedSharding(self._mesh, HEADS)
-        return [jnp.zeros(shape, HOST_DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
+        shape, where = cache_shape(spec, pages, self._lanes), NamedSharding(self._mesh, HEADS)
+        layers = [jnp.zeros(shape, HOST_DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
+        return Cache(layers, spec.head_dim)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         batch.check_prev(prev)
@@ -136,15 +146,15 @@ class TPUBackend:
         program = jit_step(step, self.ops, self._mesh)
         cold = self._warm
 
-        def run(params: Params, kv: KV, meta: Prepared) -> tuple[Array, KV]:
+        def run(params: Params, kv: Cache, meta: Prepared) -> tuple[Array, KV]:
             nonlocal cold
             limits.check(meta.sizes)
             tree = (params.top, params.layers)
             if cold:
-                self._compile_all(program, tree, kv, limits)
+                self._compile_all(program, tree, kv.layers, limits)
                 cold = False
-            logits, kv = program(tree, kv, meta.vector, meta.shape)
-            return Rows(logits, meta.sizes[1]), kv
+            logits, layers = program(tree, kv.layers, meta.vector, meta.shape)
+            return Rows(logits, meta.sizes[1]), Cache(layers, kv.dim)
 
         return run
 
@@ -156,22 +166,22 @@ class TPUBackend:
         return LogProbs(*(Rows(x, logits.count) for x in parts))
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
-        return _copy(kv, self._page_ids(src), self._page_ids(dst))
+        return Cache(_copy(kv.layers, self._page_ids(src), self._page_ids(dst)), kv.dim)
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
-        held = _export(kv, self._page_ids(pages))
+        held = _export(kv.layers, self._page_ids(pages), kv.dim)
         return self._fetch(held, lambda x: np.moveaxis(x[:, : len(pages)], 4, 0))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
-        page, rows, dim = kv[0].shape[1:]
-        expected = (2, len(kv), len(pages), page, rows // 2, dim)
+        page, rows, width = kv.layers[0].shape[1:]
+        expected = (2, len(kv.layers), len(pages), page, rows // 2, kv.dim)
         if data.shape != expected:
             raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
         ids = self._page_ids(pages)
-        padded = np.zeros((len(kv), len(ids), page, rows // 2, 2, dim), kv[0].dtype)
-        padded[:, : len(pages)] = np.moveaxis(data, 0, 4)
+        padded = np.zeros((len(kv.layers), len(ids), page, rows // 2, 2, width), kv.layers[0].dtype)
+        padded[:, : len(pages), ..., : kv.dim] = np.moveaxis(data, 0, 4)
         where = NamedSharding(self._mesh, PartitionSpec(None, None, None, AXIS))
-        return _import(kv, ids, jax.device_put(padded, where))
+        return Cache(_import(kv.layers, ids, jax.device_put(padded, where)), kv.dim)
 
     def fetch(self, x: Array) -> Future[HostArray]:
         return self._fetch(x.array, lambda host: host[: x.count])
@@ -186,7 +196,7 @@ class TPUBackend:
         out[: len(pages)] = pages
         return out
 
-    def _compile_all(self, program: Any, params: Any, kv: KV, limits: Limits) -> None:
+    def _compile_all(self, program: Any, params: Any, kv: list[jax.Array], limits: Limits) -> None:
         for shape in self._ladder.all_shapes(limits, kv[0].shape[1]):
             vector = jax.ShapeDtypeStruct((shape.length,), jnp.int32, sharding=self._everywhere)
             program.lower(params, kv, vector, shape).compile()
@@ -214,16 +224,14 @@ def _copy(kv: list[jax.Array], src: jax.Array, dst: jax.Array) -> list[jax.Array
     return [x.at[dst].set(x[src]) for x in kv]
 
 
-def _held(kv: list[jax.Array], pages: jax.Array) -> jax.Array:
+@partial(jax.jit, static_argnums=2)
+def _export(kv: list[jax.Array], pages: jax.Array, dim: int) -> jax.Array:
     """[layer, page, slot, head, 2(k,v), dim]"""
-    held = jnp.stack([x[pages] for x in kv])
-    return held.reshape(*held.shape[:3], -1, 2, held.shape[-1])
-
-
-_export = jax.jit(_held)
+    held = jnp.stack([x[pages] for x in kv])[..., :dim]
+    return held.reshape(*held.shape[:3], -1, 2, dim)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _import(kv: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
-    """`data` as _held gives it."""
+    """`data` [layer, page, slot, head, 2(k,v), C]."""
     return [x.at[pages].set(part.reshape(-1, *x.shape[1:])) for x, part in zip(kv, data, strict=True)]

@@ -38,11 +38,13 @@ class Entry:
         growth: int | None = None,
         cache: str | None = None,
         warm: bool | int = False,
+        kernels: str = "auto",
     ) -> Backend:
         """`platform`: auto is the best that JAX finds. `growth`: how many times larger each size of batch is than the
         one before; None is 2 on a TPU, and 4 elsewhere, to compile less. `cache`: a folder for JAX's compiled programs,
         None leaves JAX's own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the
-        first step compiles those of all sizes of batch; otherwise each is compiled when it is first met."""
+        first step compiles those of all sizes of batch; otherwise each is compiled when it is first met. `kernels`:
+        pallas, xla, or auto, which is Pallas on a TPU where it takes the shape; elsewhere Pallas is interpreted, slowly."""
         if tp < 1:
             raise ValueError(f"tp is {tp}; expected at least 1")
         if platform not in PLATFORMS:
@@ -61,7 +63,7 @@ class Entry:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         from polyradix_tpu.backend import TPUBackend
 
-        return TPUBackend(devices, tp, growth, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")))
+        return TPUBackend(devices, tp, growth, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")), kernels)
 
 
 def has_tpu(root: Path = Path("/")) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Literal
 
 import jax
@@ -59,10 +60,14 @@ def abstract(mesh: Mesh, spec: ParamSpec) -> Packed:
     return Packed(struct((rows, *spec.shape[1:]), specs.value), bias, spec.shape[0], spec.shard_axis)
 
 
-def kv_page_bytes(spec: KVSpec, tp: int, tiled: bool) -> int:
-    """Bytes of one page on one device, all layers; `tiled` as a TPU stores them."""
-    dim = -(-spec.head_dim // LANES) * LANES if tiled else spec.head_dim
-    return 2 * spec.layers * spec.page_size * spec.kv_heads // tp * dim * HOST_DTYPES[spec.dtype].itemsize
+def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, int, int, int]:
+    """Of a layer: [pages, page, 2*Hk, C], where C is the head size rounded up to `lanes`."""
+    return pages, spec.page_size, 2 * spec.kv_heads, -(-spec.head_dim // lanes) * lanes
+
+
+def kv_page_bytes(spec: KVSpec, tp: int, lanes: int) -> int:
+    """Bytes of one page on one device, all layers."""
+    return spec.layers * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize // tp
 
 
 def partition(w: Packed) -> Packed:

@@ -60,7 +60,7 @@ def too_slow(chip: Chip, heads: Heads, bundles: float) -> tuple[str, ...]:
 def decode_bundles(chip: Chip, heads: Heads) -> float:
     """Bundles a token of the decode kernel, in a process of its own: libtpu reads its flags when it starts."""
     with tempfile.TemporaryDirectory() as folder:
-        env = os.environ | {"LIBTPU_INIT_ARGS": DUMP.format(folder)}
+        env = os.environ | {"LIBTPU_INIT_ARGS": DUMP.format(folder), "JAX_TRACEBACK_FILTERING": "off"}
         command = [sys.executable, "-m", __name__, chip.name, *map(str, (heads.q, heads.kv, heads.dim))]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:

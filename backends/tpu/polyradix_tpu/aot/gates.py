@@ -53,7 +53,7 @@ def build(chip: Chip, program: Program) -> Row:
             compiled = program.lower().compile()
     except Exception as error:
         gate = "HBM fits" if "on HBM" in str(error) else "compiles"
-        message = f"{gate}: {str(error).strip().splitlines()[0]}"
+        message = f"{gate}: {type(error).__name__}: {error}".strip().splitlines()[0]
         return Row(chip.name, program.name, time.perf_counter() - start, failures=(message,))
     return judge(chip, program, compiled, time.perf_counter() - start)
 

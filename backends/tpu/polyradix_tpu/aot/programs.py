@@ -23,7 +23,7 @@ from polyradix_tpu.aot.chips import Chip, topology
 from polyradix_tpu.aot.gates import Program
 from polyradix_tpu.batch import Shape
 from polyradix_tpu.kernels import Kernels
-from polyradix_tpu.mesh import HEADS, MeshCollectives, abstract, kv_page_bytes
+from polyradix_tpu.mesh import HEADS, LANES, MeshCollectives, abstract, cache_shape, kv_page_bytes
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
 
@@ -48,7 +48,7 @@ def steps(chip: Chip, spec: ModelSpec, tp: int, chosen: Kernels) -> Iterator[Pro
     table = param_specs(spec, spec.dtype, context)
     top, *layers = ({p.name: abstract(mesh, p) for p in params} for params in (table.top, *table.layers))
     kv_spec = spec.kv_spec(PAGE, spec.dtype)
-    each = kv_page_bytes(kv_spec, tp, tiled=True)
+    each = kv_page_bytes(kv_spec, tp, LANES)
     weights = sum(_bytes(x) for x in jax.tree.leaves((top, layers)))
     pages = max(0, int((chip.hbm - weights) * FILL) // each)
     if pages < 2:
@@ -56,8 +56,7 @@ def steps(chip: Chip, spec: ModelSpec, tp: int, chosen: Kernels) -> Iterator[Pro
             f"the weights take {weights:,} bytes of each device and {chip.hbm:,} are there: room for {pages} pages of "
             "cache; raise tp"
         )
-    cache = (pages, PAGE, 2 * spec.heads.kv, spec.heads.dim)
-    kv = [struct(cache, spec.dtype, mesh, HEADS) for _ in range(spec.layers)]
+    kv = [struct(cache_shape(kv_spec, pages, LANES), spec.dtype, mesh, HEADS) for _ in range(spec.layers)]
     layer = pages * each // spec.layers  # with fewer bytes of temporaries, no layer's cache was copied
     program = jit_step(make_step(spec), JaxOps(Alone() if tp == 1 else MeshCollectives(tp), chosen), mesh)
     said = {} if tp == 1 else {"all-reduce": 2 * spec.layers, "all-gather": 1}
