@@ -9,7 +9,6 @@ from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
-
 DEFAULT = "v5e"  # for chips that a file does not name, and where kernels are interpreted
 
 

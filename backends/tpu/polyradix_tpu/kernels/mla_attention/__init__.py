@@ -4,7 +4,7 @@
 
 q_latent [T,H,R], q_rope [T,H,Dr], both in the cache's dtype; cache [pages, page, W] with this batch's rows already in
 it, W = R + Dr in whole tiles of 128: c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The
-result is [T,H,R] in that dtype and, for merging parts, the natural log of the sum of exponentials, f32[T,H]. bfloat16
+result is [T,H,R] in that dtype and, if `lse`, the natural log of the sum of exponentials, f32[T,H]; else None. bfloat16
 or float32; sums in float32. Padded rows of the result hold anything, NaN as well.
 """
 
@@ -33,24 +33,26 @@ def mla_attention(
     m: JaxMeta,
     scale: float,
     *,
+    lse: bool = False,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
     """The Pallas kernel. `blocks`: None takes those of blocks.json for the chip in context. `interpret`: as
     pallas_call's. Raises ValueError for what the kernel does not take, at trace time."""
     blocks = blocks or choose(q_latent.shape[1], cache.shape[1], m.shape)
     found = problems(q_latent, q_rope, cache, m.shape, blocks)
     if found:
         raise ValueError("; ".join(found))
-    return kernel.call(q_latent, q_rope, cache, m, scale, blocks, interpret)
+    return kernel.call(q_latent, q_rope, cache, m, scale, blocks, lse, interpret)
 
 
 def mla_attention_xla(
-    q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float
-) -> tuple[jax.Array, jax.Array]:
+    q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float, *, lse: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
     """The same in plain XLA, for any device."""
     q = jnp.concatenate([q_latent, q_rope], axis=2)
-    return xla.attend(q, q_latent.shape[2], cache, m, scale)
+    out, logs = xla.attend(q, q_latent.shape[2], cache, m, scale)
+    return out, logs if lse else None
 
 
 def choose(heads: int, page: int, shape: Shape) -> Blocks:
@@ -79,5 +81,5 @@ def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
 
 def _from_vector(
     shape: Shape, q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, vector: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return mla_attention(q_latent, q_rope, cache, unpack(vector, shape), 192**-0.5)
+) -> jax.Array:
+    return mla_attention(q_latent, q_rope, cache, unpack(vector, shape), 192**-0.5)[0]

@@ -40,6 +40,7 @@ class Sizes(NamedTuple):
     rope: int
     scale: float
     blocks: Blocks
+    lse: bool
 
 
 def plan(m: JaxMeta, blocks: Blocks) -> Plan:
@@ -66,8 +67,8 @@ def _move(count: Any, pairs: Pairs, sem: Ref, wait: bool = False) -> None:
 
 
 def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
-    p, (q_latent, q_rope, cache, out, lse) = Plan(*refs[:6]), refs[6:11]
-    latent, rope, held, done, logs, top, total, acc, asked, arrived, sent = refs[11:]
+    p, (q_latent, q_rope, cache), outs = Plan(*refs[:6]), refs[6:9], refs[9 : 10 + z.lse]
+    latent, rope, held, done, logs, top, total, acc, asked, arrived, sent = refs[10 + z.lse :]
     start, each, keys = pl.program_id(0) * pl.num_programs(1), pl.num_programs(1), z.blocks.keys
     unit, last = start + pl.program_id(1), jnp.minimum(start + each, p.total[0]) - 1  # of this core's
 
@@ -82,8 +83,8 @@ def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
         _move(jnp.minimum(left, most), lambda i: [(cache.at[pages[at + i]], held.at[slot, i])], arrived.at[slot], wait)
 
     def results(unit: Any, wait: bool = False) -> None:
-        row = p.row[unit]
-        _move(p.count[unit], lambda i: [(done.at[i], out.at[row + i]), (logs.at[i], lse.at[row + i])], sent, wait)
+        row, pairs = p.row[unit], [*zip((done, logs), outs, strict=False)]
+        _move(p.count[unit], lambda i: ((x.at[i], y.at[row + i]) for x, y in pairs), sent, wait)
 
     def meet(masked: bool, block: Any, _: None) -> None:
         slot = (p.turn[unit] + block) % 2
@@ -141,21 +142,28 @@ def _fold(
 
 
 def call(
-    q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float, blocks: Blocks, interpret: Any
-) -> tuple[jax.Array, jax.Array]:
+    q_latent: jax.Array,
+    q_rope: jax.Array,
+    cache: jax.Array,
+    m: JaxMeta,
+    scale: float,
+    blocks: Blocks,
+    lse: bool,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array | None]:
     """See the package."""
     p = plan(m, blocks)
     (tokens, heads, latent), rope, (_, page, wide) = q_latent.shape, q_rope.shape[2], cache.shape
     each, dtype = (blocks.queries, heads), cache.dtype
     state = pltpu.VMEM((blocks.queries * heads, LANES), jnp.float32)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    out, lse = pl.pallas_call(
-        partial(_kernel, Sizes(m.shape.pages, heads, latent, rope, scale, blocks)),
+    out = pl.pallas_call(
+        partial(_kernel, Sizes(m.shape.pages, heads, latent, rope, scale, blocks, lse)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(p),
             grid=(blocks.cores, pl.cdiv(p.total[0], blocks.cores)),
             in_specs=[anywhere] * 3,
-            out_specs=[anywhere] * 2,
+            out_specs=[anywhere] * (1 + lse),
             scratch_shapes=[
                 pltpu.VMEM((2, *each, latent), dtype),
                 pltpu.VMEM((2, *each, rope), dtype),
@@ -173,11 +181,11 @@ def call(
         out_shape=[
             jax.ShapeDtypeStruct((tokens, heads, latent), dtype),
             jax.ShapeDtypeStruct((tokens, heads, LANES), jnp.float32),
-        ],
+        ][: 1 + lse],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM + (4 << 20), disable_bounds_checks=True
         ),
         interpret=interpret,
         name="mla_attention",
     )(m.pages.reshape(-1), *p, q_latent, q_rope, cache)
-    return out, lse[:, :, 0]
+    return out[0], out[1][:, :, 0] if lse else None

@@ -10,7 +10,7 @@ from polyradix_tpu.kernels.xla import BUDGET, HIDDEN, precision
 
 
 def attend(q: jax.Array, latent: int, cache: jax.Array, m: JaxMeta, scale: float) -> tuple[jax.Array, jax.Array]:
-    """q [T,H,R+Dr]; otherwise as kernel.call. Tiles take turns where the context of all is more than BUDGET bytes."""
+    """q [T,H,R+Dr]; otherwise as kernel.call, always with the logs. Tiles take turns if all need more than BUDGET."""
     context = m.shape.pages * cache.shape[1]
     one = context * (cache.shape[2] * cache.dtype.itemsize + 4 * q.shape[1] * m.shape.tile)
     each = max(1, min(m.shape.tiles, BUDGET // one))
