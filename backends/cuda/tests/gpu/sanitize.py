@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from polyradix.backend.registry import open_backend
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.runner import run_case
-from polyradix_torch.triton import attention, rows, skinny
+from polyradix_torch.triton import attention, prefix, rows, skinny
 
 CASES = (  # by subject: cases are small, the tools slow
     r"L1/(embed|last|rms_norm/normal|qk_norm|rope/normal|(linear_|)gated/normal|add(_rms_norm|)/normal|logits/normal|sample/grid)",
@@ -63,6 +63,7 @@ def main() -> int:
         return run(self, *args, **options)
 
     JITFunction.run = counted
+    prefix.LEAST_KEYS, prefix.LEAST_MEMBERS, prefix.LEAST_SAVED = prefix.UNIT, 1, 0  # every long row shares with itself
     backend = open_backend("cuda", capture=0)
     wrong = products("cuda")
     cases = [c for c in all_cases() if c.profile == "dense" and any(re.match(pattern, c.id) for pattern in CASES)]
