@@ -9,6 +9,7 @@ import triton.language as tl
 from polyradix_torch.triton.early import early, start
 
 LANES = 1024  # columns of one program of the argmax
+PLAN = ("positions", "slots", "tokens", "source")  # anywhere in a buffer: no code of its own for each
 
 
 @triton.jit
@@ -64,7 +65,7 @@ def _turn(x, out, cos, sin, heads, D: tl.constexpr, HALF: tl.constexpr, PADDED: 
     tl.store(out + D // 2 + h * D + d, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PLAN)
 def _rope(
     q, k, q_out, k_out, table, positions, q_row, k_row, HQ, HK,
     D: tl.constexpr, HALF: tl.constexpr, QP: tl.constexpr, KP: tl.constexpr, EARLY: tl.constexpr,
@@ -112,15 +113,17 @@ def gated(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=PLAN)
 def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     mask = at < SIZE
     target = tl.load(slots + row).to(tl.int64) * SIZE + at
-    tl.store(keys + target, tl.load(k + row * k_row + at, mask=mask), mask=mask)
-    tl.store(values + target, tl.load(v + row * v_row + at, mask=mask), mask=mask)
+    key = tl.load(k + row * k_row + at, mask=mask)
+    value = tl.load(v + row * v_row + at, mask=mask)  # both before the stores, which no load may overtake
+    tl.store(keys + target, key, mask=mask)
+    tl.store(values + target, value, mask=mask)
 
 
 def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
@@ -166,7 +169,7 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=PLAN)
 def _take(tokens, source, prev, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     start(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -81,6 +81,13 @@ def launches() -> Iterator[Launch]:
         for count, tile in ((1, lanes), (1, pipelined), (2, pipelined), (4, Tile(4, 512, 4, 1)), (16, units)):
             given = empty(count, 4096), empty(8192, 4096), None, tile, kind
             yield f"{kind} M{count} {tile.rows}x{tile.columns}", partial(skinny.product, *given)
+    many = Tile(64, 64, 4, 3, splits=2, dot=True), Tile(128, 64, 8, 3, dot=True, tokens=64)
+    for kind, count, tile in (
+        ("linear", 64, many[0]), ("gated", 128, many[0]), ("linear", 256, many[1]), ("gated", 8192, many[1]),
+        ("linear", 64, Tile(128, 64, 8, 3, splits=2, dot=True, tokens=64)),
+    ):  # fmt: skip
+        given = empty(count, 4096), empty(8192, 4096), None, tile, kind
+        yield f"{kind} M{count} {tile.rows}x{tile.columns}", partial(skinny.product, *given)
     for name, dim, group, softcap in (
         ("bfloat16", 64, 8, None),
         ("bfloat16", 128, 4, None),
@@ -92,10 +99,19 @@ def launches() -> Iterator[Launch]:
         yield f"D{dim} G{group} {name} splits 8", attend(dtype, dim, group, 8, softcap)
     yield "D128 G4 bfloat16 splits 1", attend(torch.bfloat16, 128, 4, 1)
     yield "D128 G8 bfloat16 splits 8", attend(torch.bfloat16, 128, 8, 8)
+    for dtype, dim, group, softcap in (
+        (torch.bfloat16, 64, 8, None),
+        (torch.bfloat16, 128, 4, None),
+        (torch.bfloat16, 256, 4, 50.0),
+        (torch.float32, 256, 2, None),
+    ):
+        yield f"D{dim} G{group} {dtype} shared", attend(dtype, dim, group, 1, softcap, shared=True)
 
 
-def attend(dtype: Any, dim: int, group: int, splits: int, softcap: float | None = None) -> Callable[[], Any]:
-    """A decode of 64 sequences when `splits` is given, else a prefill."""
+def attend(
+    dtype: Any, dim: int, group: int, splits: int, softcap: float | None = None, shared: bool = False
+) -> Callable[[], Any]:
+    """A decode of 64 sequences when `splits` is given, else a prefill; some of its keys are shared if so said."""
     import torch
 
     from polyradix.backend.protocol import AttnSpec, Heads
@@ -109,7 +125,8 @@ def attend(dtype: Any, dim: int, group: int, splits: int, softcap: float | None 
     q, k, v = qkv.split([heads.q, heads.kv, heads.kv], dim=1)
     cache = torch.empty(256, 16, heads.kv, dim, dtype=dtype, device="meta")
     single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
-    at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles)
+    plan = attention.Shared(integers(64), integers(64), integers(64), integers(32, 5)) if shared else None
+    at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles, plan)
     return lambda: attention.attend(q, k, v, (cache, cache), at, AttnSpec(heads, dim**-0.5, None, softcap))
 
 

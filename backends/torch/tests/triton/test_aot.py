@@ -11,7 +11,7 @@ def test_every_kernel() -> None:
     built, why = aot.worker("sm_90")
     assert why == ""
     assert [o for b in built for o in b.objections] == []
-    every = "_norm _rope _gated _write _best _best_of _take _product _decode _merge _prefill"
+    every = "_norm _rope _gated _write _best _best_of _take _product _wide _decode _merge _prefill _prefix"
     assert {b.kernel for b in built} == set(every.split())
 
 
