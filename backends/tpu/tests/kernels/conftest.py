@@ -98,9 +98,11 @@ def case():
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The table of block sizes, to be changed."""
     table = {"flat": {**SMALL, "buffers": 3}, "split": {**SMALL, "buffers": 2, "items": 1}}
     monkeypatch.setattr(validate, "tuned", lambda _: table)
+    return table
 
 
 @pytest.fixture(autouse=True)

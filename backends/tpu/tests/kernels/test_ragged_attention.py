@@ -63,6 +63,15 @@ def test_mix_of_decodes_and_chunks(case, races, heads, page, dtype, options, sin
     assert not races()
 
 
+def test_two_cores_share_the_items(case, races, blocks):
+    blocks["flat"]["cores"] = blocks["split"]["cores"] = 2
+    heads = Heads(4, 2, 64)
+    c = case([1, 20, 5, 1], [33, 53, 21, 17], heads, 16, "float32")
+    params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+    check(c.attend(ragged.attend, AttnSpec(heads, 0.125), interpret=params), "float32")
+    assert not races()
+
+
 @pytest.mark.parametrize("waits", [True, False])
 def test_copies_carried_out_at_once(case, capfd, monkeypatch, waits):
     if not waits:
@@ -76,7 +85,7 @@ def test_copies_carried_out_at_once(case, capfd, monkeypatch, waits):
 @pytest.mark.parametrize("attend", [xla.attend, partial(ragged.attend, interpret=CHECKED)])
 def test_a_cache_wider_than_the_heads(case, attend):
     heads = Heads(4, 2, 40)
-    c = case([1, 3], [17, 20], heads, 16, "float32", width=64)
+    c = case([1, 1], [17, 20], heads, 16, "float32", width=64)
     check(c.attend(attend, AttnSpec(heads, 0.2)), "float32")
 
 
