@@ -72,7 +72,6 @@ class Cache:
 
 
 class TPUBackend:
-
     ops: Ops
     collectives: Collectives
 

@@ -44,7 +44,7 @@ class Entry:
         one before; None is 2 on a TPU, and 4 elsewhere, to compile less. `cache`: a folder for JAX's compiled programs,
         None leaves JAX's own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the
         first step compiles those of all sizes of batch; otherwise each is compiled when it is first met. `kernels`:
-        pallas, xla, or auto, which is Pallas on a TPU where it takes the shape; elsewhere Pallas is interpreted, slowly."""
+        pallas, xla, or auto: Pallas on a TPU where it takes the shape, else XLA. Elsewhere Pallas is interpreted."""
         if tp < 1:
             raise ValueError(f"tp is {tp}; expected at least 1")
         if platform not in PLATFORMS:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
+from polyradix.backend.protocol import Memory
 from polyradix.backend.registry import open_backend
-from polyradix.engine.config import EngineConfig
+from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.core import EngineCore
 from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.schedule.params import SamplingParams
@@ -29,7 +31,7 @@ CONFIG = {
 }
 
 
-def answers(folder, device: str, tp: int = 1) -> dict[str, list[int]]:
+def engine(folder, device: str, tp: int = 1, backend: Any = None) -> EngineCore:
     config = EngineConfig(
         model=str(folder),
         device=device,
@@ -42,9 +44,12 @@ def answers(folder, device: str, tp: int = 1) -> dict[str, list[int]]:
         progress=False,
         emulate=True,
     )
-    core = EngineCore(
-        config, open_backend(device, tp=tp, emulate=True), open_checkpoint(str(folder), load_format="dummy")
-    )
+    backend = backend or open_backend(device, tp=tp, emulate=True)
+    return EngineCore(config, backend, open_checkpoint(str(folder), load_format="dummy"))
+
+
+def answers(folder, device: str, tp: int = 1) -> dict[str, list[int]]:
+    core = engine(folder, device, tp)
     rng = np.random.default_rng(2)
     out: dict[str, list[int]] = {}
     for i, n in enumerate((5, 40, 17, 1, 40)):
@@ -72,3 +77,25 @@ def expected(folder):
 def test_the_greedy_tokens_are_those_of_numpy(folder, expected, tp):
     assert len({tuple(tokens) for tokens in expected.values()}) > 2
     assert answers(folder, "tpu", tp) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head_dim": 512}, "needs head_dim 512; the backend offers multiples of 2 up to 256"),
+        (
+            {"vocab_size": 10_000_000},
+            r"take 3,840,\d+,\d+ bytes .* 1,000,000,000 are free: 2,840,\d+,\d+ too few",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, change, message):
+    def pack(*args: Any) -> None:
+        raise AssertionError("a weight was packed")
+
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | change))
+    backend = open_backend("tpu", tp=2, emulate=True)
+    monkeypatch.setattr(backend, "pack", pack)
+    monkeypatch.setattr(backend, "memory", lambda: Memory(10**9, 10**9))
+    with pytest.raises((ConfigError, MemoryError), match=message):
+        engine(tmp_path, "tpu", 2, backend)

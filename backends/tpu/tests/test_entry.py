@@ -63,6 +63,7 @@ def test_without_a_tpu_emulation_has_to_be_asked_for():
         ({"tp": 0}, ValueError, "tp is 0; expected at least 1"),
         ({"tp": 5}, Unsupported, r"tp 5 \(JAX has 4 devices: cpu:0, .*JAX_NUM_CPU_DEVICES"),
         ({"growth": 1}, ValueError, "growth is 1; expected at least 2"),
+        ({"kernels": "cuda"}, ValueError, "kernels is 'cuda'; expected one of auto, pallas, xla"),
         ({"platform": "npu"}, ValueError, "platform is 'npu'; expected one of auto, tpu, gpu, cpu"),
     ],
 )
