@@ -22,6 +22,7 @@ from polyradix_conformance.cases import all_cases
 from polyradix_conformance.inputs import Part, Ragged
 from polyradix_conformance.runner import run_case
 from polyradix_cuda.backend import Decode
+from polyradix_torch.triton import prefix
 from polyradix_torch.triton.capture import Graphs
 from polyradix_torch.triton.ops import GpuMeta
 
@@ -62,6 +63,25 @@ def test_captured(case: str, make: Any, replays: list[int]) -> None:
     backend = make()
     result = run_case(CASES[case], lambda tp: backend)
     assert result.status == "pass", result.detail
+    assert replays
+
+
+def test_captured_with_shared_keys(make: Any, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row that is long enough shares its keys with itself; shorter batches come between."""
+    for name, value in {"LEAST_KEYS": prefix.UNIT, "LEAST_MEMBERS": 1, "LEAST_SAVED": 0}.items():
+        monkeypatch.setattr(prefix, name, value)
+    made: list[bool] = []
+    capture = Graphs._capture
+
+    def seen(self: Graphs, *args: Any) -> Any:
+        made.append(args[-1])
+        return capture(self, *args)
+
+    monkeypatch.setattr(Graphs, "_capture", seen)
+    backend = make()
+    result = run_case(CASES["L1/attend/decode/normal/float32"], lambda tp: backend)
+    assert result.status == "pass", result.detail
+    assert True in made
     assert replays
 
 

@@ -60,8 +60,16 @@ def _scores(q, k, scale, cap, CAP: tl.constexpr, PRECISION: tl.constexpr):
     """Times _unit they are in units of log2."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if CAP:
-        s = cap * (2.0 / (1.0 + tl.exp2(s * (-2.0 * LOG2E * scale / cap))) - 1.0)
+        s = cap * _tanh(s * (scale / cap))
     return s
+
+
+@triton.jit
+def _tanh(x):
+    """Near zero, where the exponential's digits cancel, by Lambert's continued fraction, to 5 terms."""
+    y = x * x
+    near = x * (945.0 + y * (105.0 + y)) / (945.0 + y * (420.0 + y * 15.0))
+    return tl.where(y < 0.5, near, 2.0 / (1.0 + tl.exp2(x * (-2.0 * LOG2E))) - 1.0)
 
 
 @triton.jit
