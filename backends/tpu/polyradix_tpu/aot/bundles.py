@@ -15,7 +15,8 @@ from polyradix_tpu.aot.chips import CHIPS, Chip, prepare
 
 BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(\w\w)? *: +(>*) ?\{", re.MULTILINE)
 DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
-KERNEL = "*ragged_paged_attention_flat*-??-final_bundles.txt"
+KERNEL = "*ragged_paged_attention*-??-final_bundles.txt"
+PAGES = 20_000  # of the cache
 
 
 def loops(text: str) -> list[int]:
@@ -42,8 +43,8 @@ def _end(rows: list[tuple[int, bool]], head: int) -> int:
 
 
 def token_bytes(heads: Heads) -> int:
-    """Of one token's keys and values in bfloat16."""
-    return 4 * heads.kv * heads.dim
+    """Of one token's keys and values in bfloat16, as a TPU stores them."""
+    return 4 * heads.kv * -(-heads.dim // 128) * 128
 
 
 def budget(chip: Chip, heads: Heads) -> float:
@@ -65,8 +66,10 @@ def decode_bundles(chip: Chip, heads: Heads) -> float:
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
-        (dump,) = Path(folder).glob(KERNEL)
-        return max(loops(dump.read_text())) / int(done.stdout)
+        dumps = list(Path(folder).glob(KERNEL))
+        if len(dumps) != 1:
+            raise RuntimeError(f"{len(dumps)} dumps of a decode kernel; expected 1")
+        return max(loops(dumps[0].read_text())) / int(done.stdout)
 
 
 def _compile(chip: Chip, heads: Heads) -> int:
@@ -82,7 +85,7 @@ def _compile(chip: Chip, heads: Heads) -> int:
 
     mesh, shape, spec = topology(chip, 1), Shape(SEQS, SEQS, 512, 1), AttnSpec(heads, heads.dim**-0.5)
     q = struct((SEQS, heads.q, heads.dim), jnp.bfloat16, mesh)
-    kv = struct((20_000, PAGE, 2 * heads.kv, heads.dim), jnp.bfloat16, mesh)
+    kv = struct((PAGES, PAGE, 2 * heads.kv, token_bytes(heads) // heads.kv // 4), jnp.bfloat16, mesh)
     vector = struct((shape.length,), jnp.int32, mesh)
     with jax.set_mesh(mesh):
         jax.jit(lambda q, kv, vector: attend(q, kv, unpack(vector, shape), spec)).lower(q, kv, vector).compile()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 GIB = 1 << 30
 QUIET = {  # libtpu looks for none of the machine's TPUs, and shares the machine with other processes
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is not compiled is not dumped
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -50,6 +52,7 @@ def prepare() -> None:
     os.environ.update(QUIET)
 
 
+@cache  # devices of two descriptions are not the same ones
 def topology(chip: Chip, tp: int) -> Any:
     """The mesh of `tp` devices of a chip. Raises ValueError if no topology here is large enough."""
     from jax.experimental import topologies

@@ -79,13 +79,13 @@ def judge(chip: Chip, program: Program, compiled: Any, seconds: float) -> Row:
 
 def table(rows: list[Row]) -> str:
     """For people; GB are of 10^9 bytes and of one device."""
-    head = f"{'chip':6} {'program':43} {'s':>5} {'args GB':>7} {'alias GB':>8} {'temp GB':>7} {'HBM':>4} "
+    head = f"{'chip':6} {'program':50} {'s':>5} {'args GB':>7} {'alias GB':>8} {'temp GB':>7} {'HBM':>4} "
     lines = [head + f"{'collectives':28} {'bundles':>11} verdict"]
     for r in rows:
         said = " ".join(f"{n} {name}" for name, n in sorted((r.collectives or {}).items()))
         sizes = f"{r.arguments / 1e9:7.3f} {r.alias / 1e9:8.3f} {r.temp / 1e9:7.3f} {r.share:4.0%}"
         bundles = "" if r.bundles is None else f"{r.bundles:.2f} of {r.budget:.2f}"
         verdict = "FAILS " + ", ".join(f.split(":")[0] for f in r.failures) if r.failures else "ok"
-        lines.append(f"{r.chip:6} {r.program:43} {r.seconds:5.1f} {sizes} {said:28} {bundles:>11} {verdict}")
+        lines.append(f"{r.chip:6} {r.program:50} {r.seconds:5.1f} {sizes} {said:28} {bundles:>11} {verdict}")
     lines += [f"FAILED {r.chip}, {r.program}: {failure}" for r in rows for failure in r.failures]
     return "\n".join(lines)

@@ -78,8 +78,7 @@ def samples(chip: Chip) -> Iterator[Program]:
     for module in iter_modules(kernels.__path__):
         if not module.ispkg:
             continue
-        found = import_module(f"{kernels.__name__}.{module.name}")
-        for label, fn, args, donated in getattr(found, "samples", tuple)():
+        for label, fn, args, donated in import_module(f"{kernels.__name__}.{module.name}").samples():
             placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), args)
 
             def lower(fn: Any = fn, placed: Any = placed, donated: Any = donated) -> Any:

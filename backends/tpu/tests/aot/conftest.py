@@ -1,0 +1,3 @@
+from polyradix_tpu.aot.chips import prepare
+
+prepare()
