@@ -168,7 +168,7 @@ class CudaBackend(TorchBackend):
             with torch.inference_mode():
                 if isinstance(meta, Decode):
                     return graphs(params, kv, meta.static, meta.seqs), kv
-                return step(ops, params, kv, meta)
+                return step(ops, params, kv, meta)[0], kv  # changed in place; graphs are of this very list
 
         return run
 

@@ -58,6 +58,20 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(sequences, whether keys are shared) of the graphs that were captured."""
+    seen: list[tuple[int, bool]] = []
+    capture = Graphs._capture
+
+    def counted(self: Graphs, *args: Any) -> Any:
+        seen.append(args[-2:])
+        return capture(self, *args)
+
+    monkeypatch.setattr(Graphs, "_capture", counted)
+    return seen
+
+
 @pytest.mark.parametrize("case", CAPTURED)
 def test_captured(case: str, make: Any, replays: list[int]) -> None:
     backend = make()
@@ -66,22 +80,16 @@ def test_captured(case: str, make: Any, replays: list[int]) -> None:
     assert replays
 
 
-def test_captured_with_shared_keys(make: Any, replays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captured_with_shared_keys(
+    make: Any, replays: list[int], captures: list[tuple[int, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every row that is long enough shares its keys with itself; shorter batches come between."""
     for name, value in {"LEAST_KEYS": prefix.UNIT, "LEAST_MEMBERS": 1, "LEAST_SAVED": 0}.items():
         monkeypatch.setattr(prefix, name, value)
-    made: list[bool] = []
-    capture = Graphs._capture
-
-    def seen(self: Graphs, *args: Any) -> Any:
-        made.append(args[-1])
-        return capture(self, *args)
-
-    monkeypatch.setattr(Graphs, "_capture", seen)
     backend = make()
     result = run_case(CASES["L1/attend/decode/normal/float32"], lambda tp: backend)
     assert result.status == "pass", result.detail
-    assert True in made
+    assert True in [shared for _, shared in captures]
     assert replays
 
 
@@ -182,7 +190,9 @@ def test_a_fetch_under_way(gpu: SimpleNamespace, make: Any) -> None:
         assert np.array_equal(got.astype(np.float32), x.float().numpy())
 
 
-def test_every_size_is_captured_before_there_is_traffic(make: Any, replays: list[int], tmp_path: Path) -> None:
+def test_every_size_is_captured_once_before_there_is_traffic(
+    make: Any, replays: list[int], captures: list[tuple[int, bool]], tmp_path: Path
+) -> None:
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 16, "intermediate_size": 16, "vocab_size": 32,
         "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
@@ -192,10 +202,13 @@ def test_every_size_is_captured_before_there_is_traffic(make: Any, replays: list
     options: dict[str, Any] = {"load_format": "dummy", "progress": False, "max_seqs": 2, "max_tokens_per_step": 4}
     core = EngineCore(EngineConfig(model=str(tmp_path), **options), make())
     assert replays == [2, 1]
+    assert captures == [(2, False), (1, False)]
     assert core.pages == 2 * 4 + 1
-    core.submit("a", np.arange(4, dtype=np.int32), SamplingParams(max_tokens=2, ignore_eos=True))
-    assert sum(len(chunk.tokens) for _ in range(3) for chunk in core.step()) == 2
-    assert replays == [2, 1, 1]
+    for name in ("a", "b"):  # each with a prefill, which runs eagerly, between the decodes
+        core.submit(name, np.arange(4, dtype=np.int32), SamplingParams(max_tokens=2, ignore_eos=True))
+        assert sum(len(chunk.tokens) for _ in range(3) for chunk in core.step()) == 2
+    assert replays == [2, 1, 1, 1]
+    assert len(captures) == 2
 
 
 def test_a_fetch_that_takes_long(gpu: SimpleNamespace, make: Any) -> None:
