@@ -11,12 +11,13 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test checks tests-core tests tests-triton tests-tpu example bench clean
+.PHONY: help serve test checks tests-core tests tests-triton tests-tpu tests-aot example bench clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
 CORE := .venv-core/bin
 TPU := .venv-tpu/bin
+AOT := .venv-aot/bin
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
             backends/tpu/polyradix_tpu \
             conformance/polyradix_conformance
@@ -34,7 +35,10 @@ help:
 serve: .venv/served
 	$(BIN)/polyradix serve --model $(MODEL) --device cpu --host $(HOST) --port $(PORT) $(ARGS)
 
-test: checks tests-core tests tests-triton tests-tpu
+# Two at a time, the longest first; each one's output is shown when it has ended. Idle threads of torch must not spin.
+test: export OMP_WAIT_POLICY := passive
+test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-core/tested
+	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-core checks
 
 checks: .venv/tested
 	$(BIN)/ruff check .
@@ -66,7 +70,12 @@ tests-triton: .venv/tested
 
 tests-tpu: export XLA_FLAGS := --xla_backend_optimization_level=0
 tests-tpu: .venv-tpu/tested
-	$(call pytest,$(TPU)) backends/tpu/tests
+	$(call pytest,$(TPU)) backends/tpu/tests --ignore=backends/tpu/tests/aot
+
+# The real TPU compiler, which is proprietary and has half a gigabyte, in an environment of its own.
+tests-aot: export JAX_PLATFORMS := cpu
+tests-aot: .venv-aot/tested
+	$(call pytest,$(AOT)) backends/tpu/tests/aot
 
 # What a vendor does with a backend of their own, away from this tree.
 example: .venv/tested .venv/served
@@ -76,7 +85,7 @@ bench: .venv/served
 	$(BIN)/python bench/cpu.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-core .venv-tpu .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-core .venv-tpu .venv-aot .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf backends/cpu/polyradix_cpu/native/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
@@ -106,6 +115,11 @@ clean:
 .venv-tpu/tested: $(SETUP)
 	$(call venv,.venv-tpu)
 	$(TPU)/pip install -q -e core -e conformance -e 'backends/tpu[cpu,flax]' -r ci/requirements-core.txt
+	touch $@
+
+.venv-aot/tested: $(SETUP)
+	$(call venv,.venv-aot)
+	$(AOT)/pip install -q -e core -e conformance -e 'backends/tpu[aot]' -r ci/requirements-core.txt
 	touch $@
 
 define venv
