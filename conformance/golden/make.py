@@ -174,10 +174,9 @@ def whole(model: Any, ids: Any) -> Any:
 @torch.inference_mode()
 def stepwise(model: Any, ids: Any) -> Any:
     """As whole, one token at a time."""
-    cache, out = None, []
+    cache, out = transformers.DynamicCache(config=model.config), []
     for token in torch.from_numpy(ids).long():
-        step = model.model(token[None, None], past_key_values=cache, use_cache=True)
-        cache = step.past_key_values
+        step = model.model(token[None, None], None, None, cache, use_cache=True)  # its name changed in 5.24
         out.append(head(model, step.last_hidden_state))
     return np.concatenate(out)
 

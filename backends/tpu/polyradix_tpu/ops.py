@@ -47,8 +47,9 @@ class JaxOps(Expansions):
 
     def rms_norm(self, x: jax.Array, w: Packed, eps: float) -> jax.Array:
         f = _wide(x)
-        mean = jnp.mean(f * f, axis=-1, keepdims=True)
-        return (f * jax.lax.rsqrt(mean + eps) * _wide(w.value)).astype(x.dtype)
+        root = jnp.sqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
+        scale = 1 / jax.lax.optimization_barrier(root)  # else XLA makes it rsqrt, which is off by too much
+        return (f * scale * _wide(w.value)).astype(x.dtype)
 
     def rope(self, q: jax.Array, k: jax.Array, table: Packed, m: JaxMeta) -> tuple[jax.Array, jax.Array]:
         cos, sin = jnp.split(table.value[m.positions][:, None, :], 2, axis=-1)  # [T,1,D/2] each

@@ -13,10 +13,12 @@ from polyradix.graph.dense import make_step, param_specs
 from polyradix.graph.rope import Rope, rope_table
 from polyradix.graph.spec import ModelSpec
 from polyradix_tpu import entry
+from polyradix_tpu.device import open_devices
 from polyradix_tpu.mesh import make_mesh
 from polyradix_tpu.program import jit_step
 
 PAGE = 16
+open_devices("cpu")  # four of them, whichever test comes first
 SPEC = ModelSpec("LlamaForCausalLM", 3, 128, 192, Heads(8, 4, 32), 320, 512, 1e-5, Rope())
 
 

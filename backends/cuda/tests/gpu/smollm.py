@@ -28,17 +28,17 @@ QUESTIONS = (
 )
 
 
-def answer(model: torch.nn.Module, prompt: list[int]) -> dict[str, list[int] | list[float]]:
+def answer(model: transformers.PreTrainedModel, prompt: list[int]) -> dict[str, list[int] | list[float]]:
     """COUNT greedy tokens, and `gaps`: each one's logit less the second best."""
-    fed, past = prompt, None
+    fed, cache = prompt, transformers.DynamicCache(config=model.config)
     tokens: list[int] = []
     gaps: list[float] = []
     while len(tokens) < COUNT:
-        out = model(torch.tensor([fed]), past_key_values=past, use_cache=True)
+        out = model(torch.tensor([fed]), None, None, cache, use_cache=True)
         best = out.logits[0, -1].topk(2)
         gaps.append(round(float(best.values[0] - best.values[1]), 4))
         tokens.append(int(best.indices[0]))
-        fed, past = tokens[-1:], out.past_key_values
+        fed = tokens[-1:]
     return {"prompt": prompt, "tokens": tokens, "gaps": gaps}
 
 

@@ -24,7 +24,7 @@ def _norm(x, residual, w, out, total, width, eps, ADD: tl.constexpr, BLOCK: tl.c
         rounded = v.to(total.dtype.element_ty)
         tl.store(total + row * width + at, rounded, mask=mask)
         v = rounded.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(v * v) / width + eps)
+    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(v * v) / width + eps))  # rsqrt is off by too much
     weight = tl.load(w + at, mask=mask, other=0.0)
     tl.store(out + row * width + at, (v * scale * weight).to(out.dtype.element_ty), mask=mask)
 
