@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 
+from polyradix.backend.registry import parse_option
+
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """Which backend, and with which options of its `create`."""
     parser.add_argument("--backend", required=True, help="entry-point name in polyradix.backends")
     parser.add_argument("--emulate", action="store_true", help="allow a backend to run without its hardware")
     parser.add_argument(
-        "--option", action="append", default=[], type=_option, metavar="KEY=VALUE", help="an option of the backend"
+        "--option", action="append", default=[], type=parse_option, metavar="KEY=VALUE", help="an option of the backend"
     )
 
 
@@ -39,10 +41,3 @@ def seconds(text: str) -> float:
         return positive(text)
     except argparse.ArgumentTypeError as e:
         raise argparse.ArgumentTypeError(f"{e} of seconds") from None
-
-
-def _option(text: str) -> tuple[str, str | int]:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, int(value) if value.isdecimal() else value

@@ -124,7 +124,10 @@ def test_a_backend_that_cannot_be_opened_leaves_no_report(
     ("args", "message"),
     [
         (["run", "--backend", "nope"], "conform: device is 'nope'; expected auto or one of:"),
-        (["run", "--backend", "numpy", "--option", "speed=9"], "unexpected keyword argument 'speed'"),
+        (
+            ["run", "--backend", "numpy", "--option", "speed=9"],
+            "device 'numpy' has no option 'speed'; it has: compute, async_launch",
+        ),
         (["run", "--backend", "numpy", "--profile", "sparse"], "profile is 'sparse'; expected one of: dense"),
         (["list", "--profile", "sparse"], "profile is 'sparse'; expected one of: dense"),
         (["mustpass", "--profile", "sparse"], "profile is 'sparse'; expected one of: dense"),

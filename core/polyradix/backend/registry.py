@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -30,6 +31,10 @@ class DeviceError(Exception):
 
 class UnknownDevice(DeviceError):
     """No backend of that name is installed."""
+
+
+class UnknownOption(DeviceError):
+    """The backend has no such option."""
 
 
 class DeviceUnavailable(DeviceError):
@@ -68,7 +73,7 @@ def open_backend(device: str, *, tp: int = 1, emulate: bool = False, **options: 
     """The backend named `device`, or for `auto` the usable one with the highest rank that is not negative.
 
     By name, no other backend is imported. `options` go to the entry's `create`, over those its probe found. Raises
-    UnknownDevice, DeviceUnavailable, ProtocolDrift, or Unsupported when it cannot be split over `tp` ranks.
+    UnknownDevice, UnknownOption, DeviceUnavailable, ProtocolDrift, or Unsupported when it cannot be split over `tp`.
     """
     points = _points()
     if device == "auto":
@@ -81,7 +86,7 @@ def open_backend(device: str, *, tp: int = 1, emulate: bool = False, **options: 
         raise DeviceUnavailable(f"device {device!r} cannot be used: {reason}")
     entry = cast(Entry, points[device].load())
     _check_version(device, entry)
-    backend = entry.create(**{**this.found.options, **options, **_ranks(device, entry, tp)})
+    backend = entry.create(**{**this.found.options, **_known(device, entry, options), **_ranks(device, entry, tp)})
     check_drift(device, backend)
     if tp > backend.caps.max_tp:
         raise Unsupported(f"tp {tp}", f"device {device!r} offers at most {backend.caps.max_tp}")
@@ -110,14 +115,34 @@ def check_drift(name: str, backend: Any) -> None:
         raise ProtocolDrift(f"backend {name!r} does not keep protocol {version}: " + "; ".join(drift))
 
 
+def parse_option(text: str) -> tuple[str, str | int]:
+    """KEY=VALUE of a command line, as open_backend's options have it. Raises argparse.ArgumentTypeError."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
+
+
+def _known(device: str, entry: Entry, options: dict[str, Any]) -> dict[str, Any]:
+    unknown = sorted(name for name in options if not _takes(entry, name))
+    if unknown:
+        names = ", ".join(p for p in inspect.signature(entry.create).parameters if p != "tp") or "none"
+        raise UnknownOption(f"device {device!r} has no option {unknown[0]!r}; it has: {names}")
+    return options
+
+
 def _ranks(device: str, entry: Entry, tp: int) -> dict[str, int]:
     """What `create` is told of tp: nothing for one rank."""
     if tp < 1:
         raise ValueError(f"tp is {tp}; expected at least 1")
-    parameters = inspect.signature(entry.create).parameters
-    if tp > 1 and "tp" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if tp > 1 and not _takes(entry, "tp"):
         raise Unsupported(f"tp {tp}", f"device {device!r} has no tensor parallelism")
     return {"tp": tp} if tp > 1 else {}
+
+
+def _takes(entry: Entry, option: str) -> bool:
+    parameters = inspect.signature(entry.create).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _points() -> dict[str, EntryPoint]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from polyradix import __version__
+from polyradix.backend.registry import parse_option
 from polyradix.engine.config import EngineConfig
 from polyradix.serve.client import set_up_logging
 
@@ -35,6 +36,7 @@ def _serve(args: argparse.Namespace) -> int:
     from polyradix.serve.run import ServeOptions, serve
 
     given = {name: value for name, value in vars(args).items() if name in EngineConfig.__struct_fields__}
+    given["backend_options"] = dict(args.backend_options)
     serve(
         EngineConfig(**given, progress=args.log_level in ("debug", "info")),
         ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
@@ -119,6 +121,9 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
     add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
     p.add_argument("--no-radix", dest="radix", action="store_false", help="do not reuse prefixes across requests")
+    text = "an option of the backend, which its guide under docs/ names; may be repeated"
+    option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
+    p.add_argument("--option", dest="backend_options", help=text, **option)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
     p.add_argument("--served-model-name", help="the model's name in the API; as given to --model if not given")

@@ -53,6 +53,17 @@ def test_option_out_of_range(model: Path) -> None:
     assert command("serve", "--model", str(model), "--dtype", "int7").returncode == 2
 
 
+def test_options_of_the_backend(model: Path) -> None:
+    args = ("serve", "--model", str(model), "--load-format", "dummy", "--device", "numpy", "--port", "0")
+    assert "'numpy' has no option 'speed'; it has: compute, async_launch" in failed(
+        command(*args, "--option", "speed=9")
+    )
+    assert "compute is 'int7'" in failed(command(*args, "--option", "async_launch=1", "--option", "compute=int7"))
+    bad = command(*args, "--option", "compute")
+    assert bad.returncode == 2
+    assert "'compute' is not KEY=VALUE" in bad.stderr
+
+
 @pytest.mark.parametrize("name", ["serve", "check"])
 def test_unknown_device_lists_the_found_ones(model: Path, name: str) -> None:
     args = ("--port", "0") if name == "serve" else ()

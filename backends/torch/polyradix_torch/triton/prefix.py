@@ -11,7 +11,7 @@ from polyradix_torch.triton.attention import MEMBERS, MOST_PARTS, UNIT, Shared
 
 LEAST_KEYS = 256  # shared by a group
 LEAST_MEMBERS = 4  # of a group
-LEAST_SAVED = 8192  # keys that a step need not read again; fewer do not pay for two more kernels
+LEAST_SAVED = 16384  # keys that a step need not read again; fewer do not pay for two more kernels
 ITEMS = 32  # to have when there are few groups: with 8 kv heads, two programs for every processor of an H100
 
 
