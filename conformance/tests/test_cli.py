@@ -164,6 +164,16 @@ def test_list_prints_the_ids_of_a_profile(capsys: Capture) -> None:
         assert capsys.readouterr().out.split() == [c.id for c in all_cases() if c.profile == profile]
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    code = "import sys; from polyradix_conformance.cli import main; sys.exit(main(['list']))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 2
+
+
 def test_mustpass_prints_needs(capsys: Capture) -> None:
     assert main(["mustpass", "--profile", "dense"]) == 0
     lines = capsys.readouterr().out.splitlines()
