@@ -225,7 +225,7 @@ def test_what_members_share() -> None:
 
 def test_sharing_that_does_not_pay() -> None:
     """Too few members, too few keys, too little saved."""
-    sizes = [((3, 4096),), ((64, 240),), ((4, 512),), ((16, 512),), ((4, 2752),)]
+    sizes = [((3, 4096),), ((64, 240),), ((4, 512),), ((32, 512),), ((4, 5504),)]
     batches = [batch_of(groups, 16) for groups in sizes]
     assert [check_plan(b, np.arange(b.num_seqs, dtype=np.int32), 16, b.num_seqs) for b in batches] == [
         False, False, False, False, True,
