@@ -94,7 +94,7 @@ class KVSpec:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest batch that will ever be prepared; `compile` warms every bucket up to these."""
+    """The largest batch that will ever be prepared."""
 
     max_tokens: int
     max_seqs: int

@@ -95,6 +95,11 @@ def rope(
 
 
 @triton.jit
+def silu(gate, up):
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def _gated(x, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     start(EARLY)
     row = tl.program_id(0).to(tl.int64)
@@ -102,7 +107,7 @@ def _gated(x, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     mask = at < width
     gate = tl.load(x + row * 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, (gate / (1.0 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + row * width + at, silu(gate, up).to(out.dtype.element_ty), mask=mask)
 
 
 def gated(x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix_torch.triton.early import early, start
+from polyradix_torch.triton.rows import silu
 
 LEAST = 16  # rows of x in a product by the matrix units
 TUNED = Path(__file__).parent / "tuned"
@@ -90,18 +91,13 @@ def _lanes(x, w, K, begin, end, MP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def _silu(gate, up):
-    return gate / (1.0 + tl.exp(-gate)) * up
-
-
-@triton.jit
 def _finish(total, bias, out, tile, row, m, M, N, MP: tl.constexpr, ROWS: tl.constexpr, GATED: tl.constexpr,
             BIAS: tl.constexpr):  # fmt: skip
     if BIAS:
         total += tl.load(bias + row).to(tl.float32)[None, :]
     if GATED:
         gate, up = tl.split(tl.reshape(total, (MP, ROWS // 2, 2)))
-        total = _silu(gate, up)
+        total = silu(gate, up)
     WIDE: tl.constexpr = ROWS // 2 if GATED else ROWS
     width = N // 2 if GATED else N
     n = tile * WIDE + tl.arange(0, WIDE)
@@ -198,7 +194,7 @@ def _wide(
             if GATED:
                 up += tl.load(bias + width + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            acc = _silu(acc, up)
+            acc = silu(acc, up)
         at = out + m.to(tl.int64)[:, None] * width + n[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=(m < filled)[:, None] & (n < width)[None, :])
 

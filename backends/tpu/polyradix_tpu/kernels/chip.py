@@ -1,4 +1,4 @@
-"""Block sizes by the chip that a kernel is traced for."""
+"""What validators share: what chips have, how they say no, and block sizes by the chip that a kernel is traced for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
+LANES, SUBLANES = 128, 8
+SMEM = 1 << 19  # bytes that one call may use; chips have 1 MiB
+DTYPES = ("bfloat16", "float32")
 DEFAULT = "v5e"  # for chips that a file does not name, and where kernels are interpreted
+
+
+class Problems(list[str]):
+    """Why a kernel does not take something: field, value, what was expected."""
+
+    def expect(self, ok: bool, field: str, value: object, expected: str) -> None:
+        if not ok:
+            self.append(f"{field} is {value}; expected {expected}")
 
 
 def tuned(file: Path) -> Any:

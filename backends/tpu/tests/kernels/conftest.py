@@ -118,3 +118,19 @@ def races():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     return lambda: interpret_pallas_call.races.races_found
+
+
+@pytest.fixture
+def wrong_plan(monkeypatch):
+    """Makes a kernel's plan name, in one field, what comes one before."""
+
+    def plant(kernel: Any, field: str) -> None:
+        plan = kernel.plan
+
+        def wrong(*args: Any) -> Any:
+            p = plan(*args)
+            return p._replace(**{field: jnp.maximum(getattr(p, field) - 1, 0)})
+
+        monkeypatch.setattr(kernel, "plan", wrong)
+
+    return plant

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-LANES, SUBLANES = 128, 8
+from polyradix_tpu.kernels.chip import DTYPES, LANES, SMEM, SUBLANES, Problems
+
 VMEM = 56 << 20  # bytes that one call may use: the smallest chip has 64 MiB
-SMEM = 1 << 19  # bytes of the plan: chips have 1 MiB
-DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,8 @@ def fit(inner: int, blocks: Blocks, itemsize: int) -> Blocks:
 
 def problems(lhs: Any, rhs: Any, group_sizes: Any, blocks: Blocks) -> list[str]:
     """Why the kernel does not take these: field, value, what was expected."""
-    out = []
-
-    def expect(ok: bool, field: str, value: object, expected: str) -> None:
-        if not ok:
-            out.append(f"{field} is {value}; expected {expected}")
-
+    out = Problems()
+    expect = out.expect
     expect(lhs.ndim == 2 and 0 not in lhs.shape, "lhs's shape", lhs.shape, "[M,K]")
     expect(rhs.ndim == 3 and 0 not in rhs.shape, "rhs's shape", rhs.shape, "[E,N,K]")
     if out:

@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels.mla_attention.validate import LANES, VMEM, Blocks, units
+from polyradix_tpu.kernels.chip import LANES
+from polyradix_tpu.kernels.mla_attention.validate import VMEM, Blocks, units
 from polyradix_tpu.kernels.xla import HIDDEN, precision
 
 Ref: TypeAlias = Any

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyradix_tpu.batch import Shape
+from polyradix_tpu.kernels.chip import DTYPES, LANES, SMEM, SUBLANES, Problems
 
-LANES, SUBLANES = 128, 8
 VMEM = 56 << 20  # bytes that one call may use: the smallest chip has 64 MiB
-SMEM = 1 << 19  # bytes of the plan: chips have 1 MiB
-DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,8 @@ def vmem(heads: int, latent: int, rope: int, blocks: Blocks, itemsize: int) -> i
 
 def problems(q_latent: Any, q_rope: Any, cache: Any, shape: Shape, blocks: Blocks) -> list[str]:
     """Why the kernel does not take these: field, value, what was expected."""
-    out = []
-
-    def expect(ok: bool, field: str, value: object, expected: str) -> None:
-        if not ok:
-            out.append(f"{field} is {value}; expected {expected}")
-
+    out = Problems()
+    expect = out.expect
     expect(q_latent.ndim == 3 and q_latent.shape[0] == shape.tokens, "q_latent's shape", q_latent.shape, "[T,H,R]")
     expect(cache.ndim == 3, "cache's shape", cache.shape, "[pages, page, W]")
     if out:

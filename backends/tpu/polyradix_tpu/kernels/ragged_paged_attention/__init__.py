@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from polyradix.backend.protocol import AttnSpec, Heads
 from polyradix_tpu.batch import JaxMeta, Shape, unpack
+from polyradix_tpu.kernels.chip import LANES
 from polyradix_tpu.kernels.ragged_paged_attention.kernel import call
-from polyradix_tpu.kernels.ragged_paged_attention.sizes import ALIGN, LANES, Items
+from polyradix_tpu.kernels.ragged_paged_attention.sizes import ALIGN, Items
 from polyradix_tpu.kernels.ragged_paged_attention.validate import plan, problems
 
 __all__ = ["TILE", "attend", "problems", "samples"]

@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polyradix_tpu.kernels.ragged_paged_attention.sizes import ALIGN, LANES, Items, Sizes
+from polyradix_tpu.kernels.chip import LANES
+from polyradix_tpu.kernels.ragged_paged_attention.sizes import ALIGN, Items, Sizes
 from polyradix_tpu.kernels.ragged_paged_attention.softmax import Softmax, keys_values, unpack
 from polyradix_tpu.kernels.ragged_paged_attention.stream import Stream
 

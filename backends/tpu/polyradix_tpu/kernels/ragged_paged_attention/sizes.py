@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LANES = 128
+from polyradix_tpu.kernels.chip import LANES
+
 ALIGN = 16  # rows: the tile of bfloat16, so that copies of query rows begin and end where a tile does
 NEVER = 1 << 30  # the offset of a column that no row sees
 

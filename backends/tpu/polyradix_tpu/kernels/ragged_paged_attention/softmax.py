@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polyradix_tpu.kernels.ragged_paged_attention.sizes import LANES, Sizes
+from polyradix_tpu.kernels.chip import LANES
+from polyradix_tpu.kernels.ragged_paged_attention.sizes import Sizes
 
 HIDDEN = -1e30  # finite, so that a row that has seen nothing yet is not NaN
 UPPER = np.uint32(0xFFFF0000)

@@ -8,14 +8,11 @@ from typing import Any
 
 from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu.batch import Shape
-from polyradix_tpu.kernels.chip import tuned
-from polyradix_tpu.kernels.ragged_paged_attention.sizes import LANES, Sizes
+from polyradix_tpu.kernels.chip import DTYPES, LANES, SMEM, SUBLANES, Problems, tuned
+from polyradix_tpu.kernels.ragged_paged_attention.sizes import Sizes
 
 BLOCKS = Path(__file__).with_name("blocks.json")
-SUBLANES = 8
 VMEM = 48 << 20  # bytes that one call may use; the smallest chip has 64 MiB
-SMEM = 1 << 19  # bytes of page table and items; chips have 1 MiB
-DTYPES = ("bfloat16", "float32")
 COLUMNS = 2048  # of a flat block's scores at most
 
 
@@ -62,12 +59,8 @@ def problems(q: Any, kv: Any, shape: Shape, a: AttnSpec, interpret: bool = False
     """Why the kernel does not take q [T,Hq,D] and kv [pages, page, 2*Hk, C]: field, value, what was expected. What is
     expected of tiles does not hold for an interpreter, whose memory has none."""
     heads, (_, page, rows, dim) = a.heads, kv.shape
-    out = []
-
-    def expect(ok: bool, field: str, value: object, expected: str) -> None:
-        if not ok:
-            out.append(f"{field} is {value}; expected {expected}")
-
+    out = Problems()
+    expect = out.expect
     expect(q.shape[1:] == (heads.q, heads.dim), "q's shape", q.shape, f"(T, {heads.q}, {heads.dim})")
     expect(rows == 2 * heads.kv, "rows of a slot", rows, f"2 * {heads.kv}")
     expect(heads.kv > 0 and heads.q % heads.kv == 0, "query heads", heads.q, f"a multiple of {heads.kv}")
