@@ -250,3 +250,31 @@ def test_what_takes_too_long_is_refused_and_kept_for_the_next(make: Any, monkeyp
         _submit(core, "again", slow, max_tokens=5)
         last = _drain(core)["again"][-1]
     assert last.finish == "length"
+
+
+@pytest.mark.parametrize("grammars", [0, 1])
+def test_only_the_sampling_waits_for_the_tokens_before(make: Any, grammars: int) -> None:
+    core = make(True)
+    events: list[str] = []
+    step, sample, harvest = core._step, core.backend.sample, core._harvest
+
+    def log(name: str, call: Any) -> Any:
+        def logged(*args: Any) -> Any:
+            masked = name == "sample" and args[1].mask is not None
+            events.append("masked" if masked else name)
+            return call(*args)
+
+        return logged
+
+    core._step, core._harvest = log("step", step), log("harvest", harvest)
+    core.backend.sample = log("sample", sample)
+    for i in range(2):
+        _submit(core, f"free{i}", None, max_tokens=12)
+    for i in range(grammars):
+        _submit(core, f"g{i}", GrammarSpec(kind="regex", source="[a-z]{40}"), max_tokens=12)
+        core._gate._waiting["g0"][2].result()
+    for _ in range(8):
+        core.step()
+    order = ["step", "harvest", "masked"] if grammars else ["step", "sample", "harvest"]
+    start = 2  # the first step has nothing before it to harvest
+    assert events[start : start + 12] == order * 4

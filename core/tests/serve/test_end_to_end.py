@@ -157,6 +157,7 @@ def test_structured_outputs(ending_server: Process, stream: bool, extra: dict[st
         jsonschema.validate(json.loads(text), SCHEMA)
     else:
         assert re.fullmatch(fits, text)
+    wait(lambda: ending_server.metrics()["polyradix_engine_grammar_seconds_total"] > 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
