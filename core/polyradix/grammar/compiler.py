@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,12 @@ from polyradix.backend.batch import I32
 from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Vocabulary
 
 LIMIT_SECONDS = 0.8
-CACHED = 256  # grammars
+CACHED = 64  # grammars; the largest lexers have some 2 kB a state
 MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
 LIMITS = {
     "initial_lexer_fuel": 200_000,
     "max_grammar_size": 50_000,
-    "max_lexer_states": 50_000,
+    "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
 # One spelling of JSON: keys are then forced whole, and a model cannot write white space without end.
@@ -49,7 +50,7 @@ class LlgCompiler:
         key = spec.kind, spec.source
         with self._lock:
             work = self._cache.get(key)
-            if work is None:
+            if work is None or _worn(work):
                 work = self._cache[key] = Future()
                 self._pool.submit(self._run, spec, work)
             self._cache.move_to_end(key)
@@ -88,6 +89,11 @@ class LlgCompiler:
             if self._tokenizer is None:
                 self._tokenizer = _tokenizer(self._load(), self._vocab, self._eos)
             return self._tokenizer
+
+
+def _worn(work: Future[Grammar]) -> bool:
+    grammar = work.result() if work.done() and work.exception() is None else None
+    return isinstance(grammar, _Compiled) and grammar.worn
 
 
 def _set(work: Future[Grammar], value: Grammar | GrammarError) -> bool:
@@ -131,32 +137,45 @@ class _Compiled:
             raise
         except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
             raise GrammarError(_short(str(error))) from error
-        self._first = LLMatcher(tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
+        self.worn = False
+        self.fresh = partial(LLMatcher, tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
+        self._first = self.fresh()
         if not self._first.is_error():
             for _ in range(2):  # the first mask may pass and leave a lexer that is too large for any other
-                self.matcher().fill(np.zeros(-(-tokenizer.vocab_size // 32), np.int32))
+                _Matcher(self._first.deep_copy(), None).fill(np.zeros(-(-tokenizer.vocab_size // 32), np.int32))
             if len(self._first.compute_ff_bytes()) > MAX_FORCED:
                 raise GrammarError("no output of finite length can match it")
         if self._first.is_error():
             raise GrammarError(_short(self._first.get_error()))
 
     def matcher(self) -> _Matcher:
-        return _Matcher(self._first.deep_copy())
+        return _Matcher(self._first.deep_copy(), self)
 
 
 class _Matcher:
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    """Copies of a matcher share its lexer, whose states are limited: what one output has used up fails all others. Then
+    each goes on with a lexer of its own, and nobody new gets the old one. `shared` is None once that is done."""
+
+    def __init__(self, inner: Any, shared: _Compiled | None) -> None:
+        self._inner, self._shared = inner, shared
+        self._taken: list[int] = []
 
     def fill(self, row: I32) -> None:
         if not row.flags.c_contiguous or row.dtype != np.int32:
             raise ValueError(f"row is {row.dtype}; expected contiguous int32")
         self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._shared is not None and self._inner.is_error():
+            self._shared.worn = True
+            self._inner, self._shared = self._shared.fresh(), None
+            for token in self._taken:
+                self._inner.consume_token(token)
+            self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._inner.is_error():
             raise GrammarError(_short(self._inner.get_error()))
 
     def accept(self, token: int) -> bool:
         """A token that the grammar does not allow is reported by the next `fill`."""
+        self._taken.append(token)
         self._inner.consume_token(token)
         return bool(self._inner.is_stopped() and not self._inner.is_error())
 
