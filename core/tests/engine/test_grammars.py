@@ -126,6 +126,18 @@ def test_regular_expressions_match_whole(make: Any, pattern: str) -> None:
     assert re.fullmatch(pattern, _text(chunks))
 
 
+def test_an_output_ends_where_nothing_may_follow(make: Any) -> None:
+    core = make(True)
+    _submit(core, "fixed", GrammarSpec(kind="regex", source="abc"), temperature=1.0)
+    _submit(core, "short", GrammarSpec(kind="regex", source="abc"), max_tokens=2)
+    _submit(core, "open", GrammarSpec(kind="regex", source="x{2,}"), max_tokens=60, temperature=1.5)
+    out = _drain(core)
+    assert (len(out["fixed"]), out["fixed"][-1].finish, out["fixed"][-1].stop_token) == (3, "stop", None)
+    assert (_text(out["short"]), out["short"][-1].finish) == ("ab", "length")
+    assert re.fullmatch("x{2,}", _text(out["open"]))
+    assert (out["open"][-1].finish, out["open"][-1].stop_token) == ("stop", 256)
+
+
 def test_choices_and_grammars(make: Any) -> None:
     core = make(True)
     choices = ["red", 'gr"een', "blüe\n"]

@@ -32,11 +32,13 @@ def _walk(matcher: Matcher, letters: int, seed: int) -> None:
 def test_one_output_cannot_use_up_what_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.LIMITS, "max_lexer_states", 2000)
     compiler = LlgCompiler(ByteTokenizer, VOCAB)
-    first, other = (compiler.compile(HUNGRY).result().matcher() for _ in range(2))
+    shared = compiler.compile(HUNGRY).result()
+    first, other = shared.matcher(), shared.matcher()
     _walk(other, 100, seed=1)
     with pytest.raises(GrammarError, match="too many states"):
         _walk(first, 5000, seed=2)
     _walk(other, 50, seed=3)
+    assert compiler.compile(HUNGRY).result() is not shared
     _walk(compiler.compile(HUNGRY).result().matcher(), 100, seed=4)
     compiler.close()
 
