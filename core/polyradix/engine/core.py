@@ -10,18 +10,21 @@ import logging
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
 
-from polyradix.backend.batch import HostBatch
+from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
+from polyradix.engine.grammars import Gate, masked
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
+from polyradix.engine.tokenizer import load_tokenizer
+from polyradix.grammar.compiler import LlgCompiler
 from polyradix.graph.checkpoint import Checkpoint, load_params, open_checkpoint
 from polyradix.graph.dense import make_step
 from polyradix.graph.spec import ModelSpec
@@ -89,6 +92,8 @@ class EngineCore:
                 radix=config.radix,
             )
         )
+        compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
+        self._gate = Gate(compiler)
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
@@ -137,21 +142,29 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or self._gate.has_work
 
     def submit(self, rid: str, tokens: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
-        """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served."""
+        """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served; of one with
+        a grammar, `step` may say so later, in a Chunk with `param`."""
         tokens = np.asarray(tokens, np.int32)
         strange = tokens[(tokens < 0) | (tokens >= self.spec.vocab)]
         if len(strange):
             raise InvalidParam("prompt", int(strange[0]), f"token ids from 0 to {self.spec.vocab - 1}")
         seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
-        self.scheduler.add(Request(rid, tokens, params, eos, namespace, _fold32(seed)))
+        req = Request(rid, tokens, params, eos, namespace, _fold32(seed))
+        if params.grammar is None:
+            return self.scheduler.add(req)
+        params.check()
+        if "mask" not in self.backend.caps.features:
+            needs = f"none, as {self.backend.caps.name} has no masks"
+            raise InvalidParam(params.grammar.field, params.grammar.kind, needs)
+        self._gate.put(req, params.grammar)
 
     def abort(self, rid: str) -> bool:
         """Drop a request; its pages are free as soon as no launched step uses them. False if it is not known."""
-        known = self.scheduler.abort(rid)
+        known = self._gate.abort(rid) or self.scheduler.abort(rid)
         self._stats.aborted += known
         return known
 
@@ -167,11 +180,11 @@ class EngineCore:
             raise DeviceLost(self.lost)
         begin = time.perf_counter()
         waited = 0.0
-        chunks: list[Chunk] = []
+        chunks = self._gate.admit(self.scheduler)
         plan = self.scheduler.plan()
         if plan is not None:
             try:
-                waited += self._launch(plan)
+                waited += self._launch(plan, chunks)
             except Exception as error:
                 dropped = self._abort_rows(plan, error)
                 while self._flights:  # plans are applied in launch order
@@ -214,19 +227,38 @@ class EngineCore:
             "overlapped": self._depth > 1,
         }
 
-    def _launch(self, plan: Plan) -> float:
+    def _launch(self, plan: Plan, chunks: list[Chunk]) -> float:
+        """Seconds waited. A plan with grammars is sampled once the plan before it is applied, which happens, and gives
+        `chunks`, while the step runs."""
         prev = self._flights[-1].samples if self._flights else None
         meta = self.backend.prepare(plan.host, prev)
         begin = time.perf_counter()
         logits, self._kv = self._step(self._params, self._kv, meta)
-        samples = self.backend.sample(logits, plan.sample)
         waited = time.perf_counter() - begin
+        sample = plan.sample
+        if plan.masked:
+            while self._flights:
+                wait, more = self._harvest()
+                waited += wait
+                chunks += more
+            sample = self._mask(plan, chunks)
+        begin = time.perf_counter()
+        samples = self.backend.sample(logits, sample)
+        waited += time.perf_counter() - begin
         logprobs = None
         if plan.top_logprobs is not None:
             lp = self.backend.logprobs(logits, samples, plan.top_logprobs)
             logprobs = (self.backend.fetch(lp.chosen), self.backend.fetch(lp.ids), self.backend.fetch(lp.values))
         self._flights.append(_Flight(plan, samples, self.backend.fetch(samples), logprobs))
         return waited
+
+    def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
+        """With the mask of its grammars. A request whose grammar fails is ended."""
+        begin = time.perf_counter()
+        mask, failed = masked(plan, self.spec.vocab)
+        chunks += [chunk for chunk in failed if self.scheduler.abort(chunk.rid)]
+        self._stats.grammar_seconds += time.perf_counter() - begin
+        return replace(plan.sample, mask=mask)
 
     def _harvest(self) -> tuple[float, list[Chunk]]:
         flight = self._flights.popleft()

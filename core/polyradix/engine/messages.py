@@ -89,6 +89,7 @@ class Stats(msgspec.Struct, tag=True):
     steps: int = 0
     step_seconds: float = 0.0  # total wall time of steps
     host_seconds: float = 0.0  # the share of it that was not kernels
+    grammar_seconds: float = 0.0  # spent on masks
 
 
 ToEngine = Submit | Abort | FlushCache

@@ -6,6 +6,8 @@ import math
 
 import msgspec
 
+from polyradix.grammar.spec import GrammarError, GrammarSpec
+
 
 class InvalidParam(ValueError):
     """A request field with a value it cannot have. `param` is the field's name in the API."""
@@ -28,6 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
     def check(self) -> None:
         """Raises InvalidParam for the first field out of range."""
@@ -44,3 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if not good or (isinstance(value, float) and not math.isfinite(value)):
                 raise InvalidParam(name, value, expected)
+        if self.grammar is not None:
+            try:
+                self.grammar.check()
+            except GrammarError as error:
+                raise InvalidParam(self.grammar.field, self.grammar.kind, str(error)) from None

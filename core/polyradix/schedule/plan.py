@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from polyradix.backend.batch import I32, HostBatch, SampleBatch
+from polyradix.grammar.spec import Matcher
 from polyradix.schedule.request import Request
 
 Finish: TypeAlias = Literal["stop", "length"]
@@ -27,6 +28,16 @@ class Plan:
     host: HostBatch
     sample: SampleBatch
     top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
+    masked: bool = False  # a row has a grammar: sampling needs `mask`, which needs all earlier plans applied
+
+    def choosing(self) -> list[tuple[int, Request, Matcher]]:
+        """The rows that sample by a grammar, with theirs."""
+        ends = self.host.kv_len.tolist()
+        return [
+            (row, req, req.matcher)
+            for row, req in enumerate(self.rows)
+            if req.matcher is not None and not req.finished and ends[row] >= len(req.fed)
+        ]
 
 
 @dataclass(slots=True)
@@ -59,6 +70,7 @@ class RowTable:
         self.min_p = np.zeros(rows, np.float32)
         self.seed = np.zeros(rows, np.int32)
         self.logprobs = np.zeros(rows, np.int32)  # -1: none wanted
+        self.grammar = np.zeros(rows, np.bool_)
         self._free = list(range(rows - 1, -1, -1))
 
     @property
@@ -75,6 +87,7 @@ class RowTable:
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot] = max(p.top_k, 0)
         self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
+        self.grammar[slot] = req.matcher is not None
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
     def set_pages(self, req: Request) -> None:
@@ -108,7 +121,7 @@ class RowTable:
             position=host.kv_len,
         )
         top = int(self.logprobs[slots].max())
-        return Plan(number, rows, host, sample, top if top >= 0 else None)
+        return Plan(number, rows, host, sample, top if top >= 0 else None, bool(self.grammar[slots].any()))
 
     def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:
         size, n = self.page_size, len(slots)

@@ -6,6 +6,7 @@ import numpy as np
 
 from polyradix.backend.batch import I32
 from polyradix.cache.radix import Node
+from polyradix.grammar.spec import Matcher
 from polyradix.schedule.params import SamplingParams
 
 
@@ -28,6 +29,7 @@ class Request:
         self.seed = seed
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
+        self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 
         # The scheduler's own.

@@ -312,12 +312,12 @@ class Scheduler:
         req.outputs.append(token)
         n = len(req.prompt)
         finish: Finish | None = None
-        if token in req.stops:
+        stop = token if token in req.stops else None
+        if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
         elif n + len(req.outputs) >= req.limit:
             finish = "length"
         req.finished = finish is not None
-        stop = token if finish == "stop" else None
         details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
         return Output(req.rid, [token], finish, stop, n, req.cached_tokens, details)
 

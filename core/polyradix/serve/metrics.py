@@ -23,6 +23,7 @@ _COUNTERS = {
     "steps": "Engine steps",
     "step_seconds": "Wall time of engine steps",
     "host_seconds": "Wall time of engine steps not spent in kernels",
+    "grammar_seconds": "Time spent on the masks of structured outputs",
 }
 _GAUGES = {
     "running": "Requests running",

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from polyradix.schedule.params import InvalidParam, SamplingParams
 from polyradix.serve.errors import ApiError, field_error, show
+from polyradix.serve.structured import grammar
 
 MAX_CHOICES = 1024  # prompts times n, in one request
 MAX_STOPS = 4
@@ -34,6 +35,8 @@ class Sampling(Body):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class StreamOptions(Body):
@@ -91,7 +94,6 @@ REFUSED_CHAT: Mapping[str, tuple[object, ...]] = _PENALTIES | {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -104,7 +106,6 @@ REFUSED_COMPLETION: Mapping[str, tuple[object, ...]] = _PENALTIES | {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
 }
 REFUSED_MESSAGE: Mapping[str, tuple[object, ...]] = {
     "tool_calls": ([],),
@@ -190,7 +191,9 @@ def sampling(body: Sampling, max_tokens: int, room: int, vocab: int, logprobs: i
         for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
         if (value := getattr(body, name)) is not None
     }
-    params = SamplingParams(max_tokens=min(wanted, room), stop_token_ids=ids, logprobs=logprobs, **given)
+    spec = grammar(body.response_format, body.structured_outputs)
+    most = min(wanted, room)
+    params = SamplingParams(max_tokens=most, stop_token_ids=ids, logprobs=logprobs, grammar=spec, **given)
     try:
         params.check()
     except InvalidParam as error:

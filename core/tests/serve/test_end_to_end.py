@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -103,6 +106,85 @@ def test_greedy_is_the_same_streamed_cached_and_among_others(numpy_server: Proce
             assert {f.result() for f in futures} == {first}
             assert len({f.result() for f in others}) == 2
         assert text(False, temperature=1, seed=1) == others[1].result()
+
+
+@pytest.fixture(scope="module")
+def ending_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Its model has a token that ends an output, which grammars need."""
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    process = Process(folder, "numpy")
+    yield process
+    process.close()
+    assert process.process.returncode == 0
+    assert "Traceback" not in process.log
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("extra", "fits"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA}}}, "json"),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, "json"),
+        ({"response_format": {"type": "regex", "regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"response_format": {"type": "grammar", "grammar": 'root ::= "x" | "(" root ")"'}}, r"\(*x\)*"),
+        ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
+        ({"structured_outputs": {"grammar": 'start: "x"+'}}, "x+"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+    ],
+)
+def test_structured_outputs(ending_server: Process, stream: bool, extra: dict[str, Any], fits: str) -> None:
+    with openai.OpenAI(base_url=ending_server.url + "/v1", api_key="none", max_retries=0) as client:
+        got: Any = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "Who?"}], seed=3, stream=stream, extra_body=extra
+        )
+        if stream:
+            text = "".join(c.choices[0].delta.content or "" for c in got if c.choices)
+        else:
+            text = got.choices[0].message.content
+            assert got.choices[0].finish_reason == "stop"
+    if fits == "json":
+        jsonschema.validate(json.loads(text), SCHEMA)
+    else:
+        assert re.fullmatch(fits, text)
+    wait(lambda: ending_server.metrics()["polyradix_engine_grammar_seconds_total"] > 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value", "param", "reason"),
+    [
+        ("response_format", {"type": "regex", "regex": "["}, "response_format.regex", "regex"),
+        ("structured_outputs", {"json": {"not": {}}}, "structured_outputs.json", "not"),
+        ("structured_outputs", {"json": "[" * 3000}, "structured_outputs.json", "recursion"),
+        ("structured_outputs", {"choice": [1]}, "structured_outputs.choice", "strings"),
+    ],
+)
+def test_a_grammar_that_cannot_be_met_is_the_clients_error(
+    ending_server: Process, stream: bool, field: str, value: object, param: str, reason: str
+) -> None:
+    body = {"prompt": "x", "stream": stream, field: value}
+    begin = time.monotonic()
+    reply = httpx.post(ending_server.url + "/v1/completions", json=body)
+    assert time.monotonic() - begin < 1
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+    assert reason in reply.json()["error"]["message"]
+
+
+def test_grammars_need_a_token_that_ends(numpy_server: Process) -> None:
+    reply = httpx.post(numpy_server.url + "/v1/completions", json={"prompt": "x", "structured_outputs": {"regex": "a"}})
+    assert reply.status_code == 400
+    assert "no end-of-sequence token" in reply.json()["error"]["message"]
 
 
 def test_second_turn_reuses_the_first(numpy_server: Process) -> None:

@@ -63,6 +63,29 @@ def test_content_type_with_charset(alive: Any) -> None:
     assert alive.http.post(TEXT, content=b'{"prompt": "x"}', headers=headers).status_code == 200
 
 
+SCHEMA = {"type": "object"}
+STRUCTURED: list[tuple[str, Any, str]] = [
+    ("response_format", 5, "response_format"),
+    ("response_format", {}, "response_format.type"),
+    ("response_format", {"type": ["text"]}, "response_format.type"),
+    ("response_format", {"type": "yaml"}, "response_format.type"),
+    ("response_format", {"type": "json_schema"}, "response_format.json_schema"),
+    ("response_format", {"type": "json_schema", "json_schema": SCHEMA}, "response_format.json_schema.schema"),
+    ("response_format", {"type": "regex"}, "response_format.regex"),
+    ("response_format", {"type": "regex", "regex": "a" * 70_000}, "response_format.regex"),
+    ("response_format", {"type": "grammar", "grammar": 5}, "response_format.grammar"),
+    ("structured_outputs", "x", "structured_outputs"),
+    ("structured_outputs", {}, "structured_outputs"),
+    ("structured_outputs", {"regex": "a", "choice": ["a"]}, "structured_outputs"),
+    ("structured_outputs", {"json": 5}, "structured_outputs.json"),
+    ("structured_outputs", {"json_object": False}, "structured_outputs.json_object"),
+    ("structured_outputs", {"choice": "ab"}, "structured_outputs.choice"),
+]
+STRUCTURED_ON: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": HELLO}),
+    (TEXT, {"prompt": "x"}),
+    (NATIVE, {"input_ids": [1]}),
+]
 WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {}, "prompt"),
     (TEXT, {"prompt": None}, "prompt"),
@@ -132,7 +155,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"messages": HELLO, "tools": [{}]}, "tools"),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, "response_format"),
+    *[(path, body | {field: value}, param) for field, value, param in STRUCTURED for path, body in STRUCTURED_ON],
     (CHAT, {"messages": HELLO, "presence_penalty": 1}, "presence_penalty"),
     (CHAT, {"messages": HELLO, "modalities": ["audio"]}, "modalities"),
     (NATIVE, {}, "input_ids"),

@@ -1,0 +1,206 @@
+"""Grammars through llguidance, which is imported by the first request that needs it.
+
+Limits: a source has MAX_SOURCE bytes at most, the library's own fuel bounds the work and the memory of what it makes of
+it, and a compilation that takes longer than LIMIT_SECONDS is refused. The library cannot be interrupted, so that one
+still runs to its end on its thread; its result is kept for whoever asks again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from polyradix.backend.batch import I32
+from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Vocabulary
+
+LIMIT_SECONDS = 0.8
+CACHED = 64  # grammars; the largest lexers have some 2 kB a state
+MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
+LIMITS = {
+    "initial_lexer_fuel": 200_000,
+    "max_grammar_size": 50_000,
+    "max_lexer_states": 20_000,
+    "verbose_errors": False,
+}
+# One spelling of JSON: keys are then forced whole, and a model cannot write white space without end.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
+
+
+class LlgCompiler:
+    """A Compiler for a model with `vocab` logits. `load` gives its tokenizer, once, on the compiler's thread. `eos` are
+    further ids that end an output, besides the tokenizer's own."""
+
+    def __init__(self, load: Callable[[], Vocabulary], vocab: int, eos: frozenset[int] = frozenset()) -> None:
+        self._load, self._vocab, self._eos = load, vocab, eos
+        self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "grammar")
+        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._tokenizer: Any = None
+        self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
+
+    def compile(self, spec: GrammarSpec) -> Future[Grammar]:
+        key = spec.kind, spec.source
+        with self._lock:
+            work = self._cache.get(key)
+            if work is None or _worn(work):
+                work = self._cache[key] = Future()
+                self._pool.submit(self._run, spec, work)
+            self._cache.move_to_end(key)
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
+        return work
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _run(self, spec: GrammarSpec, work: Future[Grammar]) -> None:
+        """The time limit is a timer's, as the library cannot be stopped."""
+        try:
+            tokenizer = self._made()
+        except Exception as error:  # whatever a tokenizer's files or the library may raise
+            _set(work, GrammarError(f"this model's tokenizer cannot be used with grammars: {error}"))
+            return
+        late = GrammarError(f"compiling it took longer than {LIMIT_SECONDS} s; simplify it")
+        timer = threading.Timer(LIMIT_SECONDS, _set, (work, late))
+        timer.daemon = True
+        timer.start()
+        begin = time.perf_counter()
+        try:
+            grammar: Grammar | GrammarError = _Compiled(tokenizer, spec)
+        except GrammarError as error:
+            grammar = error
+        timer.cancel()
+        if not _set(work, grammar) and time.perf_counter() - begin > LIMIT_SECONDS and isinstance(grammar, _Compiled):
+            done: Future[Grammar] = Future()
+            done.set_result(grammar)
+            with self._lock:
+                self._cache[spec.kind, spec.source] = done
+
+    def _made(self) -> Any:
+        with self._making:
+            if self._tokenizer is None:
+                self._tokenizer = _tokenizer(self._load(), self._vocab, self._eos)
+            return self._tokenizer
+
+
+def _worn(work: Future[Grammar]) -> bool:
+    grammar = work.result() if work.done() and work.exception() is None else None
+    return isinstance(grammar, _Compiled) and grammar.worn
+
+
+def _set(work: Future[Grammar], value: Grammar | GrammarError) -> bool:
+    """False if it had a value already."""
+    try:
+        if isinstance(value, GrammarError):
+            work.set_exception(value)
+        else:
+            work.set_result(value)
+    except Exception:
+        return False
+    return True
+
+
+def _tokenizer(words: Vocabulary, vocab: int, eos: frozenset[int]) -> Any:
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    ends = sorted(i for i in {*words.eos_ids, *eos} if i < vocab)
+    if not ends:
+        raise ValueError("it has no end-of-sequence token")
+
+    class Words:
+        def __init__(self) -> None:
+            self.eos_token_id, self.bos_token_id = ends[0], None
+            self.tokens = [words.token_bytes(i) for i in range(vocab)]
+            self.special_token_ids = sorted(i for i in {*words.special_ids, *ends} if i < vocab)
+
+        def __call__(self, text: str | bytes) -> list[int]:
+            return words.encode(text if isinstance(text, str) else text.decode(), add_special=False)
+
+    return LLTokenizer(TokenizerWrapper(Words()), n_vocab=vocab, eos_token=ends)
+
+
+class _Compiled:
+    def __init__(self, tokenizer: Any, spec: GrammarSpec) -> None:
+        from llguidance import LLMatcher, LLParserLimits
+
+        try:
+            source = _source(spec)
+        except GrammarError:
+            raise
+        except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
+            raise GrammarError(_short(str(error))) from error
+        self.worn = False
+        self.fresh = partial(LLMatcher, tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
+        self._first = self.fresh()
+        if not self._first.is_error():
+            for _ in range(2):  # the first mask may pass and leave a lexer that is too large for any other
+                _Matcher(self._first.deep_copy(), None).fill(np.zeros(-(-tokenizer.vocab_size // 32), np.int32))
+            if len(self._first.compute_ff_bytes()) > MAX_FORCED:
+                raise GrammarError("no output of finite length can match it")
+        if self._first.is_error():
+            raise GrammarError(_short(self._first.get_error()))
+
+    def matcher(self) -> _Matcher:
+        return _Matcher(self._first.deep_copy(), self)
+
+
+class _Matcher:
+    """Copies of a matcher share its lexer, whose states are limited: what one output has used up fails all others. Then
+    each goes on with a lexer of its own, and nobody new gets the old one. `shared` is None once that is done."""
+
+    def __init__(self, inner: Any, shared: _Compiled | None) -> None:
+        self._inner, self._shared = inner, shared
+        self._taken: list[int] = []
+
+    def fill(self, row: I32) -> None:
+        if not row.flags.c_contiguous or row.dtype != np.int32:
+            raise ValueError(f"row is {row.dtype}; expected contiguous int32")
+        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._shared is not None and self._inner.is_error():
+            self._shared.worn = True
+            self._inner, self._shared = self._shared.fresh(), None
+            for token in self._taken:
+                self._inner.consume_token(token)
+            self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._inner.is_error():
+            raise GrammarError(_short(self._inner.get_error()))
+
+    def accept(self, token: int) -> bool:
+        """A token that the grammar does not allow is reported by the next `fill`."""
+        self._taken.append(token)
+        self._inner.consume_token(token)
+        return bool(self._inner.is_stopped() and not self._inner.is_error())
+
+    def forced(self) -> list[int]:
+        return list(self._inner.compute_ff_tokens())
+
+
+def _source(spec: GrammarSpec) -> str:
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if spec.kind == "json_object":
+        return str(LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides=JSON_FORM))
+    if spec.kind == "json_schema":
+        return str(LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_FORM))
+    if spec.kind == "regex":
+        return str(LLMatcher.grammar_from_regex(spec.source))
+    if spec.kind == "ebnf":
+        return str(LLMatcher.grammar_from_lark(any_to_lark(spec.source)))
+    choices = json.loads(spec.source)
+    if not choices or not all(isinstance(c, str) and c for c in choices):
+        raise GrammarError("a list of strings, at least one and none empty, is expected")
+    return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in dict.fromkeys(choices))))
+
+
+def _short(reason: str) -> str:
+    """The library's words without the state it appends."""
+    return " ".join(reason.split("<non-verbose/>")[0].split())[:300] or "the grammar library gave no reason"

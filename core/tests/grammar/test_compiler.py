@@ -1,0 +1,67 @@
+"""The compiler alone: what one output uses up must not harm another, and specials are never allowed."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from polyradix.grammar import compiler as module
+from polyradix.grammar.compiler import LlgCompiler
+from polyradix.grammar.spec import GrammarError, GrammarSpec, Matcher
+from polyradix.serve.fake import ByteTokenizer
+
+HUNGRY = GrammarSpec(kind="regex", source="(a|b)*a(a|b){14}c")  # a lexer state for nearly every last 14 letters
+VOCAB = 300
+
+
+def _allowed(matcher: Matcher) -> set[int]:
+    row = np.zeros(-(-VOCAB // 32), np.int32)
+    matcher.fill(row)
+    return set(np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist())
+
+
+def _walk(matcher: Matcher, letters: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(letters):
+        assert {97, 98} <= _allowed(matcher) <= {97, 98, 99}
+        matcher.accept(int(rng.integers(97, 99)))
+
+
+def test_one_output_cannot_use_up_what_others_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.LIMITS, "max_lexer_states", 2000)
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    shared = compiler.compile(HUNGRY).result()
+    first, other = shared.matcher(), shared.matcher()
+    _walk(other, 100, seed=1)
+    with pytest.raises(GrammarError, match="too many states"):
+        _walk(first, 5000, seed=2)
+    _walk(other, 50, seed=3)
+    assert compiler.compile(HUNGRY).result() is not shared
+    _walk(compiler.compile(HUNGRY).result().matcher(), 100, seed=4)
+    compiler.close()
+
+
+def test_ends_and_padding_are_masked_until_the_end() -> None:
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    matcher = compiler.compile(GrammarSpec(kind="regex", source="[^x]{2}")).result().matcher()
+    assert _allowed(matcher) < set(range(256)) - {ord("x")}
+    assert ord("y") in _allowed(matcher)
+    assert not matcher.accept(ord("y"))
+    assert matcher.accept(ord("z"))
+    assert _allowed(matcher) == {256}
+    compiler.close()
+
+
+def test_forced_tokens_are_the_text_that_must_come() -> None:
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    schema = '{"type": "object", "properties": {"key": {"type": "integer"}}, "required": ["key"]}'
+    matcher = compiler.compile(GrammarSpec(kind="json_schema", source=schema)).result().matcher()
+    forced = bytes(matcher.forced()).decode()
+    assert re.fullmatch(r'\{"key": ', forced)
+    for token in forced.encode():
+        assert _allowed(matcher) == {token}
+        matcher.accept(token)
+    assert matcher.forced() == []
+    compiler.close()
