@@ -1,5 +1,7 @@
-"""L1 and L5: the verb moe against the oracle. Tokens whose experts are decided by rounding are left out, but for ties,
-whose values are small powers of two and so equal in any order of summation."""
+"""L1 and L5: the verb moe against the oracle. L4: models with experts, one batch against another.
+
+Tokens whose experts are decided by rounding are left out, but for ties, whose values are small powers of two and so
+equal in any order of summation."""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ import numpy as np
 from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
+from polyradix_conformance.cases.graph import Model
+from polyradix_conformance.golden import families, load
 from polyradix_conformance.inputs import REGIMES, values
 from polyradix_conformance.oracle import EXACT, Arr
 from polyradix_conformance.oracle_moe import Experts, Routing, margin, moe, scores
-from polyradix_conformance.rig import Rig, same
+from polyradix_conformance.rig import Mismatch, Rig, same
 from polyradix_conformance.tolerance import floor
 
 H, F, E = 128, 128, 16  # widths that are whole tiles anywhere
@@ -142,6 +146,22 @@ def alone(rig: Rig) -> None:
             same("moe, part of the batch against the whole", got, whole[part])
 
 
+def batches(rig: Rig, family: str) -> None:
+    """Chunks, decode steps and mixed batches give the bits of whole sequences, where the backend promises that. Where
+    it does not, rounding may choose other experts, and only numbers are asked for."""
+    model = Model(rig, load(family))
+    ragged, seen = model.ragged, dict[tuple[int, int], Arr]()
+    for what in ("whole", "chunked", "decode", "mixed"):
+        model.kv = model.cache()
+        for parts in getattr(ragged, what)():
+            for part, row in zip(parts, model.step(parts)[0], strict=True):
+                if not np.isfinite(row).all():
+                    raise Mismatch(f"{what}: logits of sequence {part.seq} are not all finite")
+                want = seen.setdefault((part.seq, part.stop), row)
+                if rig.backend.caps.batch_invariant:
+                    same(f"{what}: sequence {part.seq} after {part.stop} tokens", row, want)
+
+
 def add(name: str, dtype: str, body: Callable[[Rig], None], tp: int = 1) -> None:
     layer = "L1" if tp == 1 else "L5"
     case(f"{layer}/moe/{name}", dtype, body, features=("moe",), tp=tp, profile="moe")
@@ -160,5 +180,9 @@ for dtype in ("float32", "bfloat16"):
     add("ties", dtype, partial(ties, r=SOFTMAX))
     add("ties/groups", dtype, partial(ties, r=GROUPED))
     add("alone", dtype, alone)
+    for family in families():
+        if (needs := load(family).spec.needs(dtype)).features >= {"moe"}:
+            body, features = partial(batches, family=family), tuple(sorted(needs.features))
+            case(f"L4/moe/batches/{family}", dtype, body, features=features, profile="moe")
     for tp in (2, 4):
         add(f"tp-{tp}", dtype, partial(routed, r=GROUPED, bias=True), tp)

@@ -173,6 +173,16 @@ class LastExpertUnused(NumpyOps):
         return ids, np.where(ids == s.experts - 1, 0, weights)
 
 
+@sabotage("L4/moe", "L1/moe/alone")
+class ExpertsSumVariant(NumpyOps):
+    """Batch invariance is claimed, and the products of experts sum in another order for one row than for several."""
+
+    def _product(self, x: Arr, w: Packed) -> Arr:
+        if len(x) > 1 or w.spec.kind != "experts":
+            return super()._product(x, w)
+        return super()._product(x[:, ::-1], replace(w, value=np.ascontiguousarray(w.value[:, ::-1])))
+
+
 @sabotage("L5/moe", mesh=True)
 class ExpertsFromZero(NumpyOps):
     """Every rank takes its experts for the first ones."""
