@@ -60,7 +60,8 @@ tests: .venv/tested
 	  --ignore=backends/cpu/tests/test_engine.py
 	for kernels in native torch; do \
 	  $(BIN)/conform run --backend cpu --option kernels=$$kernels -o .venv/cpu-$$kernels.json; done
-	for profile in dense mesh; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
+	$(BIN)/conform run --backend cpu --option kernels=torch --profile moe -o .venv/cpu-torch-moe.json
+	for profile in dense mesh moe; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
 	$(BIN)/conform verify .venv/*-*.json
 	$(BIN)/conform matrix .venv/*-*.json -o .venv
 

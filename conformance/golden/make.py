@@ -1,4 +1,4 @@
-"""Makes the golden files: `python conformance/golden/make.py [FOLDER]`, with torch and transformers installed.
+"""Makes golden files, with torch and transformers installed: `python conformance/golden/make.py [FOLDER [FAMILY...]]`.
 
 Truth is transformers' own class in float32. How far an honest run may be from it is measured, per row, on runs of the
 same class that differ only in rounding: the floor of float32 is the largest distance of three float32 runs (eager
@@ -58,6 +58,7 @@ def theta(value: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
 
 
+EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"rope_parameters": LLAMA3, "num_hidden_layers": 3}),
     "llama-bias": (
@@ -69,8 +70,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 20, "num_hidden_layers": 3, **theta(10000.0)}),
+    "mixtral": ("Mixtral", {**EXPERTS, "intermediate_size": 128, **theta(1000000.0)}),
     "qwen2": ("Qwen2", theta(1000000.0)),
     "qwen3": ("Qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3, **theta(1000000.0)}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            "num_hidden_layers": 3,
+            "moe_intermediate_size": 128,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            **theta(1000000.0),
+        },
+    ),
     "smollm": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 1, **theta(100000.0)}),
 }
 
@@ -117,7 +131,8 @@ def tied(config: Any, name: str) -> bool:
 
 def build(config: Any, dtype: Any, attention: str = "eager", seed: int = 0) -> Any:
     """transformers' class with the golden weights."""
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention).eval()
+    plain = {"dtype": dtype, "attn_implementation": attention, "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **plain).eval()
     state = {
         name: torch.from_numpy(weights(name, tuple(t.shape), seed).copy()).to(dtype)
         for name, t in model.state_dict().items()
@@ -197,9 +212,10 @@ def wide() -> Iterator[None]:
         yield
 
 
-def main(folder: Path) -> None:
-    digests = {}
-    for family in FAMILIES:
+def main(folder: Path, families: list[str]) -> None:
+    """All families, or some, beside those that the folder has."""
+    digests = json.loads((folder / MANIFEST).read_text())["sha256"] if families else {}
+    for family in families or FAMILIES:
         made = make(family)
         about = json.dumps({"config": made.config, "shapes": made.shapes}, indent=1, sort_keys=True)
         (folder / f"{family}.json").write_text(about + "\n")
@@ -207,9 +223,11 @@ def main(folder: Path) -> None:
         for name in (f"{family}.json", f"{family}.npz"):
             digests[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     versions = {m.__name__: m.__version__ for m in (np, torch, transformers)}
-    (folder / MANIFEST).write_text(json.dumps({"made_with": versions, "sha256": digests}, indent=1) + "\n")
+    (folder / MANIFEST).write_text(
+        json.dumps({"made_with": versions, "sha256": dict(sorted(digests.items()))}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":
     default = Path(__file__).parents[1] / "polyradix_conformance" / "golden"
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else default, sys.argv[2:])

@@ -42,10 +42,10 @@ class Rig:
         return self.backend.collectives.size
 
     def pack(self, kind: ParamKind, value: Arr, bias: Arr | None = None, segments: tuple[int, ...] = ()) -> Any:
-        """Split over ranks as in a model: logits by rows, linear_reduce by columns, linear by rows of each segment; one
-        without segments is whole on every rank."""
-        axis = {"linear": 0 if segments else None, "linear_reduce": 1, "logits": 0}.get(kind)
-        dtype: Any = "float32" if kind == "rope" else self.dtype
+        """Split over ranks as in a model: logits by rows, experts by id, linear_reduce by columns, linear by rows of
+        each segment; one without segments is whole on every rank."""
+        axis = {"linear": 0 if segments else None, "linear_reduce": 1, "logits": 0, "experts": 0}.get(kind)
+        dtype: Any = "float32" if kind in ("rope", "router") else self.dtype
         self._packed += 1
         spec = ParamSpec(f"{kind}_{self._packed}", kind, value.shape, dtype, segments, axis, bias is not None)
         host = {"weight": value, "bias": bias}

@@ -69,10 +69,10 @@ def test_one_family_made_again_is_the_same(maker: Any) -> None:
 def test_floors_leave_room_to_see_a_defect(family: str) -> None:
     held = golden.load(family)
     size = held.rows.logits.std()
-    assert held.rows.floors["float32"].max() * K < 1e-4 * size
-    assert held.rows.floors["bfloat16"].max() * K < 0.6 * size
     second, best = np.sort(held.rows.logits, axis=1)[:, -2:].T
-    for dtype, share in (("float32", 1.0), ("bfloat16", 0.25)):
+    shares = {"float32": 1.0, "bfloat16": 0.25}
+    for dtype, share in [(d, shares[d]) for d in held.dtypes]:
+        assert held.rows.floors[dtype].max() * K < {"float32": 1e-4, "bfloat16": 0.6}[dtype] * size
         assert (best - second > 2 * K * held.rows.floors[dtype]).mean() >= share
 
 
@@ -178,6 +178,16 @@ class StaleRows(NumpyBackend):
         return stale
 
 
+class NeverRenormalised(NumpyOps):
+    def moe(self, x: Any, w: Any, s: Any) -> Any:
+        return super().moe(x, w, dataclasses.replace(s, renormalise=False))
+
+
+class ThirdExpertLost(NumpyOps):
+    def moe(self, x: Any, w: Any, s: Any) -> Any:
+        return super().moe(x, w, dataclasses.replace(s, top_k=min(s.top_k, 2)))
+
+
 def broken(kind: type[Any]) -> Callable[[int], Any]:
     if issubclass(kind, NumpyBackend):
         backend = kind("float32", False)
@@ -207,7 +217,23 @@ def test_a_defect_in_a_whole_model_is_seen(kind: type[Any], case: str, unseen: s
         assert run_case(CASES[f"L3/{unseen}/{dtype}"], open).status == "pass"
 
 
-@pytest.mark.parametrize(("family", "feature"), [("mistral", "window"), ("qwen2", "bias"), ("qwen3", "qk_norm")])
+@pytest.mark.parametrize(
+    ("kind", "case", "unseen"),
+    [
+        (NeverRenormalised, "mixtral/whole", "qwen3/whole"),
+        (ThirdExpertLost, "qwen3-moe/decode", "mixtral/decode"),
+        (StaleParams, "qwen3-moe/rebound", "qwen3-moe/whole"),
+    ],
+)
+def test_a_defect_in_a_model_with_experts_is_seen(kind: type[Any], case: str, unseen: str) -> None:
+    open = broken(kind)
+    assert run_case(CASES[f"L3/{case}/float32"], open).status == "fail"
+    assert run_case(CASES[f"L3/{unseen}/float32"], open).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("family", "feature"), [("mistral", "window"), ("qwen2", "bias"), ("qwen3", "qk_norm"), ("mixtral", "moe")]
+)
 def test_a_model_needs_its_features(family: str, feature: str) -> None:
     assert feature in CASES[f"L3/{family}/whole/float32"].needs.features
     assert CASES["L3/llama/whole/float32"].needs.features == frozenset()

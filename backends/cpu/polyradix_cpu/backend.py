@@ -46,7 +46,7 @@ class TorchCPUBackend(TorchBackend):
             notes.append("bfloat16 weights are kept as float32: this processor does not multiply bfloat16 itself")
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
-        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own)
+        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES)
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load())), "cpu")
 
     def memory(self) -> Memory:
@@ -63,7 +63,7 @@ class NativeBackend(TorchBackend):
     def __init__(self, library: native.Library) -> None:
         self._native = native.NativeOps(library)
         verbs = {name: getattr(self._native, name) for name in vars(Ops) if not name.startswith("_")}
-        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True)
+        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True, FEATURES - {"moe"})
         super().__init__(caps, cast(Ops, SimpleNamespace(**verbs)), "cpu")
 
     def memory(self) -> Memory:
@@ -120,7 +120,12 @@ def create(kernels: str, attention: str, threads: int | None) -> Backend:
 
 
 def _capabilities(
-    notes: list[str], page_sizes: tuple[int, ...], max_head_dim: int, multiple: int, invariant: bool
+    notes: list[str],
+    page_sizes: tuple[int, ...],
+    max_head_dim: int,
+    multiple: int,
+    invariant: bool,
+    features: frozenset[str],
 ) -> Capabilities:
     name, sets = host.processor()
     return Capabilities(
@@ -130,7 +135,7 @@ def _capabilities(
         page_sizes=page_sizes,
         max_head_dim=max_head_dim,
         head_dim_multiple=multiple,
-        features=FEATURES,
+        features=features,
         step_tokens=STEP_TOKENS,
         batch_invariant=invariant,
         notes=tuple(notes),

@@ -32,6 +32,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix.backend.sampling import sample_host
 from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
+from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
 
 
@@ -54,6 +55,10 @@ class TorchBackend(ABC):
         weight = to_torch(read(), self.device)
         if spec.kind in ("linear", "linear_reduce", "logits"):
             return self._linear(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
+        if spec.kind == "experts":
+            return [self._linear(spec, each, None) for each in weight]
+        if spec.kind == "router":
+            return Router(self._linear(spec, weight, None), to_torch(read("bias"), self.device) if spec.bias else None)
         return weight.float() if spec.kind == "norm" else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads
+from polyradix.backend.protocol import AttnSpec, Heads, MoeSpec, MoeWeights
+from polyradix_torch.moe import SERIAL, route, spread, weighted
 
 TILE = 4  # decode computes TILE rows for one, prefill makes one call per TILE tokens: measured as the best balance
-SERIAL = 32768  # torch's own grain size: elementwise calls of up to so many elements stay on one thread
 
 
 class Linear:
@@ -103,6 +103,15 @@ class TorchOps(Products):
     def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
         width = x.shape[-1] // 2
         return torch.cat([_gated(rows, width) for rows in x.split(max(1, SERIAL // width))])
+
+    def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        ids, weights = route(w.router.logits(x), w.router.bias, s)
+
+        def run(e: int, rows: torch.Tensor) -> torch.Tensor:
+            down: Linear = w.down[e]
+            return down(self.linear_gated(rows, w.gate_up[e], "silu"))
+
+        return weighted(spread(x, ids, s.experts, run), weights).to(x.dtype)
 
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x[m.last]

@@ -1,4 +1,4 @@
-"""L3: whole models of every dense family against the logits that transformers gives for them."""
+"""L3: whole models of every family against the logits that transformers gives for them."""
 
 from __future__ import annotations
 
@@ -157,8 +157,11 @@ def _on(body: Body, family: str) -> Callable[[Rig], None]:
 
 for dtype in ("float32", "bfloat16"):
     for family in families():
-        needs = load(family).spec.needs(dtype)
+        golden = load(family)
+        if dtype not in golden.dtypes:
+            continue
+        needs = golden.spec.needs(dtype)
+        features, profile = tuple(sorted(needs.features)), "moe" if golden.spec.experts else "dense"
         for body in BODIES:
-            case(
-                f"L3/{family}/{body.__name__}", dtype, _on(body, family), needs.head_dim, tuple(sorted(needs.features))
-            )
+            name = f"L3/{family}/{body.__name__}"
+            case(name, dtype, _on(body, family), needs.head_dim, features, profile=profile)

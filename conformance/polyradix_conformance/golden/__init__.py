@@ -19,6 +19,7 @@ import numpy as np
 
 from polyradix.backend.sampling import mix
 from polyradix.graph.checkpoint import Checkpoint
+from polyradix.graph.checkpoint.stacked import unstacked
 from polyradix.graph.spec import ModelSpec
 from polyradix_conformance.inputs import Part
 from polyradix_conformance.oracle import Arr
@@ -58,6 +59,12 @@ class Golden:
     def spec(self) -> ModelSpec:
         return ModelSpec.from_hf_config(self.config)
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Those in which an honest run must be near the truth. In bfloat16, rounding decides between experts of nearly
+        the same score, and the logits after that are those of another model."""
+        return ("float32",) if self.spec.experts else ("float32", "bfloat16")
+
     def ends(self, parts: Iterable[Part]) -> Rows:
         """The truth after the last token of each part."""
         return self.rows[[self.at[p.seq, p.stop - 1] for p in parts]]
@@ -70,12 +77,14 @@ class Golden:
 
     def checkpoint(self, seed: int = 0) -> Checkpoint:
         name = f"golden model {self.name}"
-        return Checkpoint(
-            source=name,
-            config=self.config,
-            names=self.shapes.keys(),
-            read=lambda tensor: weights(tensor, self.shapes[tensor], seed),
-            where=lambda tensor: name,
+        return unstacked(
+            Checkpoint(
+                source=name,
+                config=self.config,
+                names=self.shapes.keys(),
+                read=lambda tensor: weights(tensor, self.shapes[tensor], seed),
+                where=lambda tensor: name,
+            )
         )
 
 
@@ -96,7 +105,7 @@ def weights(name: str, shape: tuple[int, ...], seed: int = 0) -> Arr:
         out = centred / 128
     else:
         gain = 2 if name.startswith("lm_head") else 1
-        out = centred * gain / 2 ** (6 + (shape[1].bit_length() - 1) // 2)
+        out = centred * gain / 2 ** (6 + (shape[-1].bit_length() - 1) // 2)
     value = out.astype(np.float32).reshape(shape)
     value.flags.writeable = False
     return value

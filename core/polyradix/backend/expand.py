@@ -10,14 +10,15 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from polyradix.backend.protocol import KV, Array, LayerBody, Ops, Weight
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.protocol import KV, Array, LayerBody, MoeSpec, MoeWeights, Ops, Weight
 
 FUSED = ("add_rms_norm", "linear_gated")
 
 
 class Expansions:
     """Mixin for Ops. Needs add, rms_norm, linear and gated from the class it is mixed into, and a KV that is a list
-    with one entry per layer if `layers` is inherited too."""
+    with one entry per layer if `layers` is inherited too. `moe` is no expansion: it declines."""
 
     def add_rms_norm(self: Any, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]:
         total = self.add(residual, x)
@@ -25,6 +26,9 @@ class Expansions:
 
     def linear_gated(self: Any, x: Array, w: Weight, kind: Literal["silu"]) -> Array:
         return self.gated(self.linear(x, w), kind)
+
+    def moe(self: Any, x: Array, w: MoeWeights, s: MoeSpec) -> Array:
+        raise Unsupported("moe")
 
     def layers(
         self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None

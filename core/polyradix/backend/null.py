@@ -34,6 +34,8 @@ from polyradix.backend.protocol import (
     LogProbs,
     Memory,
     Meta,
+    MoeSpec,
+    MoeWeights,
     Ops,
     Params,
     ParamSpec,
@@ -78,6 +80,9 @@ class NullOps(Expansions):
         return q, kv
 
     def gated(self, x: Array, kind: Literal["silu"]) -> Array:
+        return x
+
+    def moe(self, x: Array, w: MoeWeights, s: MoeSpec) -> Array:
         return x
 
     def last(self, x: Array, m: Meta) -> Array:

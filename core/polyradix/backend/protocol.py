@@ -44,7 +44,7 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits"]
+ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class ParamSpec:
     `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm, [positions, D] float32 for rope (cos in
     the first D/2 columns, sin in the rest). `segments` are the row counts of parts fused along axis 0 (q, k, v or gate,
     up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated:
-    0 for linears and logits (V need not be a multiple of tp), 1 for linear_reduce, whose bias every rank holds.
+    0 for linears, logits (V need not be a multiple of tp) and experts, 1 for linear_reduce, whose bias every rank has.
+    experts are [experts, out, in]: whole experts are sharded, rank r holds the r-th of tp equal runs of ids. router is
+    [experts, H] float32, replicated; its bias is the selection bias of MoeSpec.
     backend/shard.py does the splitting, for backends that want it.
     """
 
@@ -134,6 +136,56 @@ class AttnSpec:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
+class MoeSpec:
+    """How `moe` sends each token to `top_k` of `experts`. All of it is float32, never rounded to the dtype of x.
+
+    logits = x router^T. Scores are their softmax over all experts, or each one's sigmoid. An expert's choice value is
+    its score plus the router's bias, if there is one. Experts form `groups` of equal size, in the order of their ids.
+    The `top_groups` stay whose `group_best` best choice values have the largest sum; an expert of another group is
+    never chosen, however low the values are. Of those that stay, the `top_k` with the best choice values are chosen.
+    Of equal values the lower id wins, among groups too. A chosen expert's weight is its score, without bias; with
+    `renormalise` it is divided by the sum of the chosen scores plus 1e-20; then it is multiplied by `scale`.
+    Source: DeepSeek-V3 (arXiv 2412.19437), 2.1.2; group_best is 2 there, and 1 in DeepSeek-V2.
+
+    Experts that every token goes to (shared ones) are no part of it: a graph adds a gated feed-forward of its own.
+
+    Raises ValueError naming the field for numbers that do not fit each other.
+    """
+
+    experts: int
+    top_k: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+
+    def __post_init__(self) -> None:
+        size = self.experts // max(1, self.groups)
+        rules = (
+            ("groups", self.groups >= 1 and self.experts % self.groups == 0, f"a divisor of experts ({self.experts})"),
+            ("top_groups", 1 <= self.top_groups <= self.groups, f"1 to groups ({self.groups})"),
+            ("group_best", 1 <= self.group_best <= size, f"1 to the experts of a group ({size})"),
+            ("top_k", 1 <= self.top_k <= size * self.top_groups, f"1 to the experts kept ({size * self.top_groups})"),
+            ("scoring", self.scoring in ("softmax", "sigmoid"), "'softmax' or 'sigmoid'"),
+        )
+        for name, good, expected in rules:
+            if not good:
+                raise ValueError(f"MoeSpec.{name} is {getattr(self, name)!r}; expected {expected}")
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    """Of one layer: the router, kind router [experts,H]; and of kind experts, gate_up [experts,2F,H], in which an
+    expert's gate rows come before its up rows, and down [experts,H,F]."""
+
+    router: Weight
+    gate_up: Weight
+    down: Weight
+
+
 class Collectives(Protocol):
     """What tensor-parallel ranks tell each other, inside a step. Each gives an Array of its own, all of one shape and
     dtype, and all call the same verbs in the same order: one program serves every rank and cannot ask which it is. An
@@ -162,6 +214,9 @@ class Ops(Protocol):
     def rope(self, q: Array, k: Array, table: Weight, m: Meta) -> tuple[Array, Array]: ...  # half-split (NeoX) pairs
     def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]: ...  # [T,Hq/tp*D]
     def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
+    # The sum over a row's chosen experts of weight * down(gated(gate_up(row))), taken in float32, over tp too. Experts
+    # have no capacity: no row is dropped, and a row, padding included, changes no other.
+    def moe(self, x: Array, w: MoeWeights, s: MoeSpec) -> Array: ...  # [T,H] -> [T,H]
     def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
     def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
     def layers(  # body for one layer after the other, and tail, if there is one, instead of it for the last

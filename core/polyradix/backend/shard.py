@@ -8,7 +8,7 @@ import numpy as np
 
 from polyradix.backend.protocol import HostArray, KVSpec, ParamSpec
 
-AXES = {"linear": 0, "linear_reduce": 1, "logits": 0}  # the one axis along which a kind can be split
+AXES = {"linear": 0, "linear_reduce": 1, "logits": 0, "experts": 0}  # the one axis along which a kind can be split
 
 
 def check_param(spec: ParamSpec, tp: int) -> None:

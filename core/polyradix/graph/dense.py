@@ -1,4 +1,4 @@
-"""The dense decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3): its parameters and its graph."""
+"""The decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3; with experts: Mixtral, Qwen3-MoE): its parameters and graph."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
+from polyradix.graph import moe
 from polyradix.graph.spec import ModelSpec
 
 
@@ -45,11 +46,11 @@ def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -
         ParamSpec("first_norm", "norm", (spec.hidden,), dtype),
         ParamSpec("logits", "logits", (spec.vocab, spec.hidden), dtype, shard_axis=0),
     )
-    return ParamTable(top, (_layer(spec, dtype),) * spec.layers)
+    return ParamTable(top, tuple(_layer(spec, dtype, i) for i in range(spec.layers)))
 
 
-def _layer(spec: ModelSpec, dtype: DType) -> tuple[ParamSpec, ...]:
-    hidden, inner, heads = spec.hidden, spec.intermediate, spec.heads
+def _layer(spec: ModelSpec, dtype: DType, index: int) -> tuple[ParamSpec, ...]:
+    hidden, heads = spec.hidden, spec.heads
     q, kv = heads.q * heads.dim, heads.kv * heads.dim
     out = [ParamSpec("qkv", "linear", (q + 2 * kv, hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
     if spec.qk_norm:
@@ -57,11 +58,20 @@ def _layer(spec: ModelSpec, dtype: DType) -> tuple[ParamSpec, ...]:
     out += [
         ParamSpec("o", "linear_reduce", (hidden, q), dtype, (), 1, spec.o_bias),
         ParamSpec("mlp_norm", "norm", (hidden,), dtype),
-        ParamSpec("gate_up", "linear", (2 * inner, hidden), dtype, (inner, inner), 0, spec.mlp_bias),
-        ParamSpec("down", "linear_reduce", (hidden, inner), dtype, (), 1, spec.mlp_bias),
+        *_feed_forward(spec, dtype, index),
         ParamSpec("next_norm", "norm", (hidden,), dtype),
     ]
     return tuple(out)
+
+
+def _feed_forward(spec: ModelSpec, dtype: DType, index: int) -> list[ParamSpec]:
+    if spec.experts is not None and index not in spec.experts.dense_layers:
+        return moe.param_specs(spec.experts, spec.hidden, dtype)
+    hidden, inner = spec.hidden, spec.intermediate
+    return [
+        ParamSpec("gate_up", "linear", (2 * inner, hidden), dtype, (inner, inner), 0, spec.mlp_bias),
+        ParamSpec("down", "linear_reduce", (hidden, inner), dtype, (), 1, spec.mlp_bias),
+    ]
 
 
 _PARTS = {
@@ -80,7 +90,9 @@ def sources(spec: ModelSpec, name: str, layer: int | None = None) -> tuple[str, 
     if name == "next_norm" and layer is not None:
         return ("model.norm",) if layer + 1 == spec.layers else (f"model.layers.{layer + 1}.input_layernorm",)
     if layer is not None:
-        return tuple(f"model.layers.{layer}.{part}" for part in _PARTS[name])
+        experts = spec.experts.routing.experts if spec.experts else 0
+        parts = _PARTS[name] if name in _PARTS else moe.parts(spec.architecture, experts, name)
+        return tuple(f"model.layers.{layer}.{part}" for part in parts)
     return {
         "embed": ("model.embed_tokens",),
         "rope": (),
@@ -89,14 +101,20 @@ def sources(spec: ModelSpec, name: str, layer: int | None = None) -> tuple[str, 
     }[name]
 
 
+def pieces(spec: ModelSpec, p: ParamSpec, layer: int | None = None) -> list[tuple[str, int]]:
+    """As `sources`, with the rows that each has; those of experts follow one another."""
+    names = sources(spec, p.name, layer)
+    rows = (prod(p.shape[:-1]) // len(names),) * len(names) if p.kind == "experts" else p.segments or p.shape[:1]
+    return list(zip(names, rows, strict=bool(names)))
+
+
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every checkpoint tensor the model reads, biases included, with its shape."""
     table, out = param_specs(spec, spec.dtype), {}
     for layer, params in [(None, table.top), *enumerate(table.layers)]:
         for p in params:
-            names = sources(spec, p.name, layer)
-            for name, rows in zip(names, p.segments or p.shape[:1], strict=False):
-                out[f"{name}.weight"] = (rows, *p.shape[1:])
+            for name, rows in pieces(spec, p, layer):
+                out[f"{name}.weight"] = (rows, *p.shape[1:][-1:])
                 if p.bias:
                     out[f"{name}.bias"] = (rows,)
     return out
@@ -121,8 +139,11 @@ def make_step(spec: ModelSpec) -> Step:
 
         def feed(w: dict[str, Weight], a: Array, h: Array) -> tuple[Array, Array]:
             x, h = ops.add_rms_norm(ops.linear_reduce(a, w["o"]), h, w["mlp_norm"], eps)
-            g = ops.linear_gated(x, w["gate_up"], "silu")
-            return ops.add_rms_norm(ops.linear_reduce(g, w["down"]), h, w["next_norm"], eps)
+            if spec.experts is not None and "router" in w:
+                y = moe.feed(ops, x, w, spec.experts.routing)
+            else:
+                y = ops.linear_reduce(ops.linear_gated(x, w["gate_up"], "silu"), w["down"])
+            return ops.add_rms_norm(y, h, w["next_norm"], eps)
 
         def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
             a, h, kv = mix(w, carry, kv)

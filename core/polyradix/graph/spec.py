@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from polyradix.backend.capabilities import Needs
-from polyradix.backend.protocol import DType, Heads, KVSpec
+from polyradix.backend.protocol import DType, Heads, KVSpec, MoeSpec
 from polyradix.graph.errors import ModelError
+from polyradix.graph.moe import Experts
 from polyradix.graph.rope import Rope
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 _DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 _REQUIRED: Any = object()
 _T = TypeVar("_T", int, float, str, bool)
@@ -20,7 +28,7 @@ _T = TypeVar("_T", int, float, str, bool)
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder: RMSNorm, rotary positions, grouped-query attention, gated SiLU feed-forward."""
+    """A decoder: RMSNorm, rotary positions, grouped-query attention, and a gated SiLU feed-forward or experts of it."""
 
     architecture: str
     layers: int
@@ -39,6 +47,7 @@ class ModelSpec:
     window: int | None = None  # keys a query sees, itself included; the same in every layer
     eos_ids: tuple[int, ...] = ()
     dtype: DType = "bfloat16"  # of the published weights; float16 becomes bfloat16
+    experts: Experts | None = None
 
     @staticmethod
     def from_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -53,7 +62,7 @@ class ModelSpec:
         if dim % 2:
             raise c.wrong("head_dim", "an even number")
         _refuse_unknown_parts(c)
-        qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
+        qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture.startswith("Qwen3")
         attention_bias = c.get("attention_bias", bool, False)
         layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
         return ModelSpec(
@@ -74,6 +83,7 @@ class ModelSpec:
             window=_window(c, architecture, layers),
             eos_ids=eos_ids(config, generation_config or {}),
             dtype=_dtype(c),
+            experts=_experts(c, architecture, layers),
         )
 
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
@@ -90,12 +100,18 @@ class ModelSpec:
             "bias": self.qkv_bias or self.o_bias or self.mlp_bias,
             "qk_norm": self.qk_norm,
             "window": self.window is not None,
+            "moe": self.experts is not None,
         }
         return Needs(dtype, self.heads.dim, frozenset(name for name, on in wanted.items() if on))
 
     def uneven_split(self, tp: int) -> str | None:
         """Why the model cannot be split over `tp` ranks, None when it can."""
-        for name, size in (("num_key_value_heads", self.heads.kv), ("intermediate_size", self.intermediate)):
+        sizes = {"num_key_value_heads": self.heads.kv}
+        if self.experts is not None:
+            sizes["num_experts"] = self.experts.routing.experts
+        if self.experts is None or self.experts.dense_layers:
+            sizes["intermediate_size"] = self.intermediate
+        for name, size in sizes.items():
             if size % tp:
                 return f"tp is {tp}; expected a divisor of the model's {name} ({size})"
         return None
@@ -186,12 +202,13 @@ def _freq_factors(r: _Config, dim: int) -> tuple[float, ...]:
 def _window(c: _Config, architecture: str, layers: int) -> int | None:
     if architecture == "LlamaForCausalLM":
         return None
-    if architecture != "MistralForCausalLM" and not c.get("use_sliding_window", bool, False):
+    mistral, qwen3_moe = architecture.startswith("Mi"), architecture == "Qwen3MoeForCausalLM"
+    if not mistral and not c.get("use_sliding_window", bool, False):
         return None
     if c.values.get("sliding_window") is None:
         return None
     window = c.count("sliding_window")
-    if architecture == "MistralForCausalLM":
+    if mistral or qwen3_moe:
         return window
     types = c.values.get("layer_types")
     if types is None:
@@ -202,6 +219,31 @@ def _window(c: _Config, architecture: str, layers: int) -> int | None:
     if len(set(types)) > 1:
         raise ModelError(f"model config: sliding_window {window} holds in some layers only; expected all or none")
     return window if types[0] == "sliding_attention" else None
+
+
+def _experts(c: _Config, architecture: str, layers: int) -> Experts | None:
+    """Transformers 5 writes Qwen3-MoE's num_experts as num_local_experts, too."""
+    mixtral = architecture == "MixtralForCausalLM"
+    if not mixtral and architecture != "Qwen3MoeForCausalLM":
+        return None
+    field = "num_local_experts" if mixtral or c.values.get("num_experts") is None else "num_experts"
+    count, top_k = c.count(field), c.count("num_experts_per_tok")
+    if top_k > count:
+        raise c.wrong("num_experts_per_tok", f"at most {field} ({count})")
+    if c.get("mlp_bias", bool, False):
+        raise c.wrong("mlp_bias", "false: experts have none")
+    if mixtral:
+        return Experts(MoeSpec(count, top_k), c.count("intermediate_size"))
+    routing = MoeSpec(count, top_k, renormalise=c.get("norm_topk_prob", bool, False))
+    dense = _dense_layers(c, layers)
+    return Experts(routing, c.count("moe_intermediate_size"), dense) if len(dense) < layers else None
+
+
+def _dense_layers(c: _Config, layers: int) -> frozenset[int]:
+    named, step = c.values.get("mlp_only_layers") or [], c.count("decoder_sparse_step", 1)
+    if not isinstance(named, list) or not all(type(i) is int and 0 <= i < layers for i in named):
+        raise c.wrong("mlp_only_layers", f"a list of layers, 0 to {layers - 1}")
+    return frozenset(i for i in range(layers) if i in named or (i + 1) % step)
 
 
 def eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:

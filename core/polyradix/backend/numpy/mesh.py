@@ -158,7 +158,8 @@ class NumpyMesh(NumpyBackend):
     def _shard(self, whole: Packed, rank: int) -> Packed:
         spec, tp = whole.spec, self.ranks.size
         bias = None if whole.bias is None else shard(spec, whole.bias, rank, tp, "bias")
-        return Packed(spec, np.ascontiguousarray(shard(spec, whole.value, rank, tp)), bias)
+        value = np.ascontiguousarray(shard(spec, whole.value, rank, tp))
+        return Packed(spec, value, bias, first=rank * len(value))
 
     def _local(self, spec: KVSpec) -> KVSpec:
         check_kv(spec, self.ranks.size)

@@ -16,7 +16,8 @@ from polyradix.backend.batch import I32, HostBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import resolve
-from polyradix.backend.protocol import AttnSpec, Collectives, Heads, ParamSpec
+from polyradix.backend.numpy.moe import chosen, scores
+from polyradix.backend.protocol import AttnSpec, Collectives, Heads, MoeSpec, MoeWeights, ParamSpec
 
 Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
@@ -29,6 +30,7 @@ class Packed:
     spec: ParamSpec
     value: Arr
     bias: Arr | None = None
+    first: int = 0  # of experts: the id of the first one here
 
 
 class NumpyMeta:
@@ -107,6 +109,16 @@ class NumpyOps(Expansions):
         with np.errstate(over="ignore"):
             return _rounded(gate / (1 + np.exp(-gate)) * up, x)
 
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        ids, weights = self._route(x, w.router, s)
+        total = np.zeros(x.shape, self._wide)
+        for e, (gate_up, down) in enumerate(zip(w.gate_up.value, w.down.value, strict=True), w.down.first):
+            rows, place = np.nonzero(ids == e)
+            inner = self.gated(self.linear(x[rows], replace(w.gate_up, value=gate_up)), "silu")
+            total[rows] += weights[rows, place, None] * self._product(inner, replace(w.down, value=down))
+        whole = total if w.down.spec.shard_axis is None else self._collectives.all_reduce(total)
+        return _rounded(whole, x)
+
     def last(self, x: Arr, m: NumpyMeta) -> Arr:
         return x[m.batch.last]
 
@@ -114,6 +126,15 @@ class NumpyOps(Expansions):
         part = _biased(self._product(x, w), w)
         whole = part if w.spec.shard_axis is None else self._collectives.all_gather(part, 1)
         return whole[:, : w.spec.shape[0]]  # the last shards end with padding
+
+    def _route(self, x: Arr, router: Packed, s: MoeSpec) -> tuple[Arr, Arr]:
+        """Ids of the chosen experts [T,top_k], and their weights."""
+        score = scores(self._product(x, router), s)
+        ids = chosen(_biased(score, router), s)
+        weights = np.take_along_axis(score, ids, axis=1)
+        if s.renormalise:
+            weights = weights / (weights.sum(axis=1, keepdims=True) + self._wide.type(1e-20))
+        return ids, weights * self._wide.type(s.scale)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""

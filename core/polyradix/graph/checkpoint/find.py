@@ -16,6 +16,7 @@ from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.checkpoint.dummy import open_dummy
 from polyradix.graph.checkpoint.gguf import open_gguf
 from polyradix.graph.checkpoint.safetensors import open_folder
+from polyradix.graph.checkpoint.stacked import unstacked
 from polyradix.graph.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         if len(ggufs) > 1:
             raise CheckpointError(f"{folder}: {len(ggufs)} .gguf files; name the one to load")
         return open_gguf(ggufs[0])
-    return open_folder(folder)
+    return unstacked(open_folder(folder))
 
 
 def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, Params, ParamSpec
 from polyradix.graph.checkpoint.base import Checkpoint
-from polyradix.graph.dense import param_specs, sources, tensor_shapes
+from polyradix.graph.dense import param_specs, pieces, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
@@ -82,22 +82,23 @@ class _Read:
 
     def __init__(self, checkpoint: Checkpoint, model: ModelSpec, spec: ParamSpec, layer: int | None) -> None:
         self.checkpoint, self.model, self.spec = checkpoint, model, spec
-        self.names = sources(model, spec.name, layer)
+        self.pieces = pieces(model, spec, layer)
 
     def __call__(self, part: Literal["weight", "bias"] = "weight") -> HostArray:
         spec = self.spec
         if spec.kind == "rope":
             return rope_table(self.model.rope, *spec.shape)
-        if part == "bias" and not any(f"{name}.bias" in self.checkpoint.names for name in self.names):
-            raise CheckpointError(f"{self.checkpoint.source}: no tensor {self.names[0]}.bias; the config promises it")
-        rows = spec.segments or spec.shape[:1]
-        tail = spec.shape[1:] if part == "weight" else ()
-        out = np.empty((sum(rows), *tail), HOST_DTYPES[spec.dtype])
+        if part == "bias" and not any(f"{name}.bias" in self.checkpoint.names for name, _ in self.pieces):
+            raise CheckpointError(
+                f"{self.checkpoint.source}: no tensor {self.pieces[0][0]}.bias; the config promises it"
+            )
+        tail = spec.shape[1:][-1:] if part == "weight" else ()
+        out = np.empty((sum(rows for _, rows in self.pieces), *tail), HOST_DTYPES[spec.dtype])
         start = 0
-        for name, count in zip(self.names, rows, strict=True):
+        for name, count in self.pieces:
             _copy(self._tensor(f"{name}.{part}", (count, *tail)), out[start : start + count])
             start += count
-        return out
+        return out.reshape(spec.shape) if part == "weight" else out
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> HostArray:
         if name.endswith(".bias") and name not in self.checkpoint.names:

@@ -1,0 +1,94 @@
+"""What `moe` must compute, one token at a time, in plain loops. Imports no backend. See oracle.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from polyradix_conformance import oracle
+from polyradix_conformance.oracle import Arr, Precision
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The fields of the contract's MoeSpec."""
+
+    experts: int
+    top_k: int
+    scoring: str = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """router [E,H], bias [E] or None, gate_up [E,2F,H], down [E,H,F]."""
+
+    router: Arr
+    bias: Arr | None
+    gate_up: Arr
+    down: Arr
+
+
+def moe(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
+    """[T,H] -> [T,H]. Rounds between the products, and each expert's output, which is as much as a kernel may."""
+    return p.round(np.array([_token(p, row, w, r) for row in x]))
+
+
+def scores(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
+    """[E] of one token x [H], never rounded."""
+    (z,) = oracle.linear(p, x[None], w.router, final=True)
+    with np.errstate(over="ignore"):
+        if r.scoring == "sigmoid":
+            out: Arr = p.wide(1) / (p.wide(1) + np.exp(-z))
+            return out
+        e = np.exp(z - z.max())
+        out = e / p.total(e)
+        return out
+
+
+def route(score: Arr, bias: Arr | None, r: Routing) -> list[int]:
+    """Ids of the chosen experts, best first."""
+    choice = [float(v) for v in (score if bias is None else score + bias.astype(score.dtype))]
+    size = r.experts // r.groups
+    members = [range(g * size, (g + 1) * size) for g in range(r.groups)]
+    best = [sum(sorted((choice[e] for e in group), reverse=True)[: r.group_best]) for group in members]
+    kept = sorted(range(r.groups), key=lambda g: (-best[g], g))[: r.top_groups]
+    return sorted((e for g in kept for e in members[g]), key=lambda e: (-choice[e], e))[: r.top_k]
+
+
+def margin(score: Arr, bias: Arr | None, r: Routing) -> float:
+    """How far the choice of experts and of groups is from another one, as a share of the values that decide it."""
+    choice = score if bias is None else score + bias
+    grouped = choice.reshape(r.groups, -1)
+    best = np.sort(grouped, axis=1)[:, -r.group_best :].sum(axis=1)
+    kept = np.sort(np.argsort(-best, kind="stable")[: r.top_groups])
+    return min(_gap(best, r.top_groups), _gap(grouped[kept].ravel(), r.top_k))
+
+
+def _gap(values: Arr, n: int) -> float:
+    if n == len(values):
+        return np.inf
+    last, first = np.sort(values)[::-1][n - 1 : n + 1]
+    return float((last - first) / max(abs(last), abs(first)))
+
+
+def _token(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
+    score = scores(p, x, w, r)
+    ids = route(score, w.bias, r)
+    weights = score[ids]
+    if r.renormalise:
+        weights = weights / (p.total(weights) + p.wide(1e-20))
+    weights = weights * p.wide(r.scale)
+    parts: list[Arr] = [_expert(p, x[None], w.gate_up[e], w.down[e]) for e in ids]
+    terms: Arr = weights[:, None] * np.array(parts).astype(p.wide)
+    return p.total(terms.T)
+
+
+def _expert(p: Precision, x: Arr, gate_up: Arr, down: Arr) -> Arr:
+    out: Arr = oracle.linear(p, oracle.gated(p, oracle.linear(p, x, gate_up)), down)[0]
+    return out

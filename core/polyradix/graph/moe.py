@@ -1,0 +1,58 @@
+"""Mixture of experts in place of a feed-forward (Qwen3-MoE, Mixtral): its parameters, their names, and its graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from polyradix.backend.protocol import Array, DType, MoeSpec, MoeWeights, Ops, ParamSpec, Weight
+
+STACKED = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"  # one tensor for all experts: [experts, out, in]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """`intermediate` is the width of one expert. `dense_layers` have an ordinary feed-forward instead."""
+
+    routing: MoeSpec
+    intermediate: int
+    dense_layers: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Names:
+    """How an architecture spells its checkpoint tensors, inside a layer; `{}` is an expert's id."""
+
+    router: str
+    gate: str
+    up: str
+    down: str
+
+
+_QWEN = Names("mlp.gate", *(f"mlp.experts.{{}}.{part}_proj" for part in ("gate", "up", "down")))
+_MIXTRAL = Names("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{part}" for part in ("w1", "w3", "w2")))
+
+
+def names(architecture: str) -> Names:
+    return _MIXTRAL if architecture == "MixtralForCausalLM" else _QWEN
+
+
+def param_specs(x: Experts, hidden: int, dtype: DType) -> list[ParamSpec]:
+    count, inner = x.routing.experts, x.intermediate
+    return [
+        ParamSpec("router", "router", (count, hidden), "float32"),
+        ParamSpec("experts_gate_up", "experts", (count, 2 * inner, hidden), dtype, shard_axis=0),
+        ParamSpec("experts_down", "experts", (count, hidden, inner), dtype, shard_axis=0),
+    ]
+
+
+def parts(architecture: str, experts: int, name: str) -> tuple[str, ...]:
+    """Checkpoint names, inside a layer, whose rows one after the other make up a parameter of `param_specs`."""
+    n, ids = names(architecture), range(experts)
+    if name == "router":
+        return (n.router,)
+    spelled = (n.down,) if name == "experts_down" else (n.gate, n.up)
+    return tuple(part.format(e) for e in ids for part in spelled)
+
+
+def feed(ops: Ops, x: Array, w: dict[str, Weight], s: MoeSpec) -> Array:
+    return ops.moe(x, MoeWeights(w["router"], w["experts_gate_up"], w["experts_down"]), s)
