@@ -21,12 +21,16 @@ class Request:
         eos: frozenset[int] = frozenset(),
         namespace: str = "",
         seed: int = 0,
+        priority: int = 0,
+        tenant: str = "",
     ) -> None:
         self.rid = rid
         self.prompt: I32 = np.ascontiguousarray(prompt, np.int32)
         self.params = params
         self.namespace = namespace
         self.seed = seed
+        self.priority = priority  # the lower number is the more important request
+        self.tenant = tenant
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
@@ -34,6 +38,7 @@ class Request:
 
         # The scheduler's own.
         self.arrival = 0
+        self.rank: tuple[int, bool, int] = (0, True, 0)  # in the queue: priority, never admitted, arrival
         self.limit = 0  # prompt and outputs together end here
         self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied
