@@ -26,6 +26,7 @@ class Request:
     ) -> None:
         self.rid = rid
         self.prompt: I32 = np.ascontiguousarray(prompt, np.int32)
+        self.prompt_tokens = len(prompt)
         self.params = params
         self.namespace = namespace
         self.seed = seed
@@ -52,6 +53,7 @@ class Request:
     def feed(self, tokens: I32) -> None:
         """What prefill has to compute: the prompt, and after a retraction the outputs so far."""
         self.fed = tokens
+        self.prefill = len(tokens)
         self.raw = tokens.tobytes()  # the same, for comparing in bulk
         self.hint = (-1, 0)  # version of the tree, and the prefix length it had then
 

@@ -141,7 +141,8 @@ class Scheduler:
         """Take the samples int32 [S] of the oldest plan in flight, and log-probabilities if it wants any."""
         if not self._flight or plan is not self._flight[0]:
             raise ValueError(f"plan {plan.number} applied; expected plan {self._applied + 1}, in launch order")
-        if logprobs is None and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
+        wanted = plan.top_logprobs is not None and logprobs is None
+        if wanted and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
             raise ValueError(f"logprobs is None; expected {plan.top_logprobs} a row, as plan {plan.number} says")
         self._flight.popleft()
         out: list[Output] = []
@@ -151,7 +152,7 @@ class Scheduler:
             if req.finished:
                 continue
             req.stored = end
-            if end < len(req.fed):
+            if end < req.prefill:
                 continue
             rows.append(row)
             slots.append(req.slot)
@@ -292,7 +293,7 @@ class Scheduler:
         return True
 
     def _yielding(self, req: Request) -> list[Request]:
-        """The fewest running requests, all less important, without which a waiting one can be admitted, if there are."""
+        """The fewest running requests, all less important, without which a waiting one can be admitted; maybe none."""
         worse = [other for other in self._prefilling + self._decoding if other.rank[0] > req.rank[0]]
         if not worse:
             return []
@@ -377,16 +378,15 @@ class Scheduler:
         req.outputs.append(token)
         if self.config.fair:
             self._queue.charge(req, OUTPUT_WEIGHT)
-        n = len(req.prompt)
         finish: Finish | None = None
         stop = token if token in req.stops else None
         if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
-        elif n + len(req.outputs) >= req.limit:
+        elif req.prompt_tokens + len(req.outputs) >= req.limit:
             finish = "length"
         req.finished = finish is not None
         details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
-        return Output(req.rid, [token], finish, stop, n, req.cached_tokens, details)
+        return Output(req.rid, [token], finish, stop, req.prompt_tokens, req.cached_tokens, details)
 
     def _share(self, req: Request, tokens: I32) -> None:
         """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on
