@@ -42,6 +42,11 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return (req for queue in self._queues.values() for req in queue)
 
+    def last(self) -> Request | None:
+        """Of those that never ran, the least important, and of these the newest."""
+        ends = [queue[-1] for queue in self._queues.values() if not queue[-1].admitted]
+        return max(ends, key=_rank, default=None)
+
     def add(self, req: Request) -> None:
         req.rank = (req.priority if self._policy == "priority" else 0, not req.admitted, req.arrival)
         tenant = self._tenant(req)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from polyradix.backend.batch import I32
@@ -35,6 +37,8 @@ class Request:
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
+        self.timeout: float | None = None  # seconds, and when it ends on the engine's clock; the scheduler has none
+        self.deadline = math.inf
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 
         # The scheduler's own.

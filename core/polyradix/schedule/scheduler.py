@@ -188,6 +188,19 @@ class Scheduler:
         return len(self._queue)
 
     @property
+    def excess(self) -> int:
+        """How many wait for longer than until the next plan, as far as can be told."""
+        return len(self._queue) - (0 if self.blocked else self._table.available)
+
+    def last_waiting(self) -> Request | None:
+        """See WaitingQueue.last."""
+        return self._queue.last()
+
+    def overdue(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        return [req for req in self._known.values() if req.deadline <= now]
+
+    @property
     def pages_used(self) -> int:
         """Held by running requests, shared prefixes included."""
         return self._pool.capacity - self._pool.available - self._tree.evictable_pages
