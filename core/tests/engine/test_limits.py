@@ -106,7 +106,7 @@ def test_a_more_important_request_takes_a_place_in_a_full_queue(make: Callable[.
 
 
 def test_who_waits_for_a_grammar_waits_and_may_be_overdue(make: Callable[..., EngineCore], clock: Clock) -> None:
-    core = make(max_queued_requests=1, max_seqs=1)
+    core = make(max_queued_requests=1, max_seqs=1, device="numpy")
     choice = SamplingParams(grammar=GrammarSpec(kind="choice", source='["a"]', field="response_format"))
     core.submit("g", np.ones(3, np.int32), choice, timeout=1.0)
     submit(core, *"ab")
