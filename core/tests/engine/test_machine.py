@@ -37,55 +37,34 @@ class Traffic(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self.patch = mock.patch.object(limits, "monotonic", lambda: self.now)
+        self.patch = mock.patch.object(limits, "monotonic", self.clock)
         self.patch.start()
         self.want: dict[str, int] = {}  # tokens asked for
         self.due: dict[str, float] = {}
         self.got: dict[str, int] = {}
         self.ended: dict[str, str] = {}
 
+    def clock(self) -> float:
+        return self.now
+
     @initialize(
         policy=st.sampled_from(["fcfs", "lpm", "priority"]),
         fair=st.booleans(),
         max_seqs=st.integers(1, 3),
         kv_pages=st.integers(5, 30),
-        queued=st.sampled_from([None, 0, 1, 3]),
-        timeout=st.sampled_from([None, 5.0]),
-        chunk=st.sampled_from([None, 3]),
+        max_queued_requests=st.sampled_from([None, 0, 1, 3]),
+        request_timeout=st.sampled_from([None, 5.0]),
+        chunked_prefill_size=st.sampled_from([None, 3]),
         overlapped=st.booleans(),
     )
-    def start(
-        self,
-        policy: Any,
-        fair: bool,
-        max_seqs: int,
-        kv_pages: int,
-        queued: Any,
-        timeout: Any,
-        chunk: Any,
-        overlapped: bool,
-    ) -> None:
-        self.queued, self.timeout, self.priority, self.max_seqs = queued, timeout, policy == "priority", max_seqs
+    def start(self, overlapped: bool, **options: Any) -> None:
+        self.queued, self.timeout = options["max_queued_requests"], options["request_timeout"]
+        self.priority = options["policy"] == "priority"
+        base: dict[str, Any] = {"device": "null", "load_format": "dummy", "progress": False}
+        base |= {"page_size": 4, "max_tokens_per_step": 16, "backend_options": {"async_launch": overlapped}}
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-            self.core = EngineCore(
-                EngineConfig(
-                    model=folder,
-                    device="null",
-                    load_format="dummy",
-                    progress=False,
-                    page_size=4,
-                    max_tokens_per_step=16,
-                    backend_options={"async_launch": overlapped},
-                    policy=policy,
-                    fair=fair,
-                    max_seqs=max_seqs,
-                    kv_pages=kv_pages,
-                    max_queued_requests=queued,
-                    request_timeout=timeout,
-                    chunked_prefill_size=chunk,
-                )
-            )
+            self.core = EngineCore(EngineConfig(model=folder, **base, **options))
 
     @rule(
         length=st.integers(1, 14),
