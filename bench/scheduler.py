@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
+from typing import Any
 
 import numpy as np
 
 from polyradix.schedule.params import SamplingParams
+from polyradix.schedule.plan import Plan
 from polyradix.schedule.request import Request
 from polyradix.schedule.scheduler import Scheduler, SchedulerConfig
 
 
-def decode_ms(seqs: int, steps: int, depth: int, page_size: int = 16) -> float:
-    """Median milliseconds of plan + apply: `seqs` requests of 300 prompt tokens decode, `depth` plans in flight."""
-    s = Scheduler(SchedulerConfig(page_size, 20_000, 4096, seqs, 2048))
+def decode_ms(seqs: int, steps: int, depth: int, waiting: int = 0, **options: Any) -> float:
+    """Median milliseconds of plan + apply: `seqs` requests of 300 prompt tokens decode, `depth` plans in flight, and
+    others wait for their rows."""
+    s = Scheduler(SchedulerConfig(16, 40_000, 4096, seqs, 2048, **options))
     rng = np.random.default_rng(0)
-    for i in range(seqs):
+    for i in range(seqs + waiting):
         s.add(Request(str(i), rng.integers(0, 50_000, 300).astype(np.int32), SamplingParams(max_tokens=steps + 100)))
     samples = np.arange(seqs, dtype=np.int32) + 7
     flights, times = [], []
@@ -31,9 +35,35 @@ def decode_ms(seqs: int, steps: int, depth: int, page_size: int = 16) -> float:
         if len(flights) == depth:
             done = flights.pop(0)
             s.apply(done, samples[: len(done.rows)])
-        if s.waiting == 0 and plan.host.num_tokens == seqs:
+        if s.waiting == waiting and plan.host.num_tokens == seqs:
             times.append(time.perf_counter() - begin)
     return float(np.median(times)) * 1e3
+
+
+def churn_ms(seqs: int, waiting: int, steps: int, **options: Any) -> tuple[float, float]:
+    """Median and 99th percentile milliseconds of plan + apply while requests end, at one or two a step, and others of
+    300 tokens, half of them shared, are admitted and come in: always `seqs` run and `waiting` wait."""
+    s = Scheduler(SchedulerConfig(16, 12_000, 4096, seqs, 2048, **options))
+    rng = np.random.default_rng(0)
+    heads = rng.integers(0, 50_000, (20, 150))
+    count, flights, times = 0, deque[Plan](), list[float]()
+    while len(times) < steps:
+        while s.waiting < waiting:
+            prompt = np.concatenate((heads[rng.integers(20)], rng.integers(0, 50_000, 150))).astype(np.int32)
+            params = SamplingParams(max_tokens=int(rng.integers(1, seqs * 2)))
+            extra = {"priority": int(rng.integers(3)), "tenant": f"t{rng.integers(10)}"}
+            s.add(Request(str(count), prompt, params, **extra))
+            count += 1
+        begin = time.perf_counter()
+        plan = s.plan()
+        if plan is not None:
+            flights.append(plan)
+        if plan is None or len(flights) == 2:
+            done = flights.popleft()
+            s.apply(done, np.full(len(done.rows), 7, np.int32))
+        if s.running >= seqs - 8 and count > seqs + waiting + 50:
+            times.append(time.perf_counter() - begin)
+    return float(np.median(times)) * 1e3, float(np.percentile(times, 99)) * 1e3
 
 
 def shared_prefix(requests: int, shared: int, own: int) -> tuple[int, float]:
@@ -58,6 +88,11 @@ def main() -> None:
     for seqs in (1, 16, 64):
         plain, overlapped = decode_ms(seqs, steps, 1), decode_ms(seqs, steps, 2)
         print(f"decode, {seqs:2} running: {plain:.3f} ms a step, {overlapped:.3f} ms overlapped")
+    for options in ({}, {"policy": "priority"}, {"fair": True}):
+        name = ", ".join(options) or "lpm"
+        print(f"decode, 256 running, 1,000 waiting, {name}: {decode_ms(256, steps, 2, 1000, **options):.3f} ms a step")
+        median, most = churn_ms(256, 1000, steps, **options)
+        print(f"  with about one request ending and one coming a step: {median:.3f} ms, 99th percentile {most:.3f} ms")
     tokens, ms = shared_prefix(64, 1024, 32)
     print(f"64 requests sharing 1,024 of 1,056 tokens: {tokens:,} of {64 * 1056:,} prefilled, {ms:.3f} ms a step")
 

@@ -21,6 +21,7 @@ from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.grammars import Gate, masked
+from polyradix.engine.limits import Limiter
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
 from polyradix.engine.tokenizer import load_tokenizer
@@ -90,10 +91,15 @@ class EngineCore:
                 max_context=self.max_context,
                 policy=config.policy,
                 radix=config.radix,
+                eviction=config.eviction_policy,
+                fair=config.fair,
+                chunk=config.chunked_prefill_size,
+                conservativeness=config.schedule_conservativeness,
             )
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
         self._gate = Gate(compiler)
+        self._limits = Limiter(config, self.scheduler, self._gate)
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
@@ -142,18 +148,35 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._gate.has_work
+        return self.scheduler.has_work or self._gate.has_work or self._limits.has_work
 
-    def submit(self, rid: str, tokens: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
+    def submit(
+        self,
+        rid: str,
+        tokens: np.ndarray,
+        params: SamplingParams,
+        namespace: str = "",
+        *,
+        priority: int = 0,
+        timeout: float | None = None,
+        tenant: str = "",
+    ) -> None:
         """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served; of one with
-        a grammar, `step` may say so later, in a Chunk with `param`."""
+        a grammar, `step` may say so later, in a Chunk with `param`. `step` also says when the queue was full, or when
+        `timeout` seconds have passed, in a Chunk with `code`."""
         tokens = np.asarray(tokens, np.int32)
         strange = tokens[(tokens < 0) | (tokens >= self.spec.vocab)]
         if len(strange):
             raise InvalidParam("prompt", int(strange[0]), f"token ids from 0 to {self.spec.vocab - 1}")
         seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
-        req = Request(rid, tokens, params, eos, namespace, _fold32(seed))
+        req = Request(rid, tokens, params, eos, namespace, _fold32(seed), priority, tenant)
+        self._limits.check(req, timeout)
+        with self._limits.room_for(req):
+            self._enqueue(req)
+
+    def _enqueue(self, req: Request) -> None:
+        params = req.params
         if params.grammar is None:
             return self.scheduler.add(req)
         params.check()
@@ -180,7 +203,7 @@ class EngineCore:
             raise DeviceLost(self.lost)
         begin = time.perf_counter()
         waited = 0.0
-        chunks = self._gate.admit(self.scheduler)
+        chunks = self._limits.ended() + self._gate.admit(self.scheduler)
         plan = self.scheduler.plan()
         if plan is not None:
             try:
@@ -205,6 +228,7 @@ class EngineCore:
         """A snapshot; counters are totals since the start."""
         s, now = self.scheduler, self._stats
         now.running, now.waiting, now.retracted = s.running, s.waiting, s.retracted
+        now.refused, now.expired = self._limits.refused, self._limits.expired
         now.pages_used, now.pages_cached = s.pages_used, s.pages_cached
         now.prompt_tokens, now.cached_tokens = s.prompt_tokens, s.cached_tokens
         return now

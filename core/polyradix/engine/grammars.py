@@ -28,6 +28,13 @@ class Gate:
     def has_work(self) -> bool:
         return bool(self._waiting)
 
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def overdue(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        return [req for req, _, _ in self._waiting.values() if req.deadline <= now]
+
     def put(self, req: Request, spec: GrammarSpec) -> None:
         """Raises InvalidParam for an id that waits here already."""
         if req.rid in self._waiting:

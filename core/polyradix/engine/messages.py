@@ -12,12 +12,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A new request. `tokens` is the prompt, int32 little-endian. `namespace` separates prefix caches."""
+    """A new request. `tokens` is the prompt, int32 little-endian. `namespace` separates prefix caches; the lower
+    `priority` is the more important; `timeout` is in seconds; `tenant` is whom fairness counts it for."""
 
     rid: str
     tokens: bytes
     params: SamplingParams
     namespace: str = ""
+    priority: int = 0
+    timeout: float | None = None
+    tenant: str = ""
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -50,6 +54,7 @@ class Chunk(msgspec.Struct, tag=True):
     cached_tokens: int = 0
     error: str = ""
     param: str = ""
+    code: Literal["", "queue_full", "timeout"] = ""  # why, where it is neither the client's error nor ours
 
 
 class Chunks(msgspec.Struct, tag=True):
@@ -86,6 +91,8 @@ class Stats(msgspec.Struct, tag=True):
     finished: int = 0
     aborted: int = 0
     retracted: int = 0
+    refused: int = 0
+    expired: int = 0
     steps: int = 0
     step_seconds: float = 0.0  # total wall time of steps
     host_seconds: float = 0.0  # the share of it that was not kernels

@@ -94,7 +94,10 @@ class _Loop:
 
     def _submit(self, m: Submit) -> list[Chunk]:
         try:
-            self._core.submit(m.rid, np.frombuffer(m.tokens, np.int32), m.params, m.namespace)
+            tokens = np.frombuffer(m.tokens, np.int32)
+            self._core.submit(
+                m.rid, tokens, m.params, m.namespace, priority=m.priority, timeout=m.timeout, tenant=m.tenant
+            )
         except InvalidParam as error:
             return [Chunk(rid=m.rid, tokens=[], finish="error", error=str(error), param=error.param)]
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -40,8 +41,7 @@ class Plan:
         ]
 
 
-@dataclass(slots=True)
-class Output:
+class Output(msgspec.Struct, gc=False):
     """What one step gave one request. A stop token is the last of `tokens`, and also in `stop_token`."""
 
     rid: str
@@ -61,6 +61,7 @@ class RowTable:
         self.pages = np.zeros((rows, width), np.int32)
         self.computed = np.zeros(rows, np.int32)  # tokens whose KV is computed by the plans made so far
         self.limit = np.zeros(rows, np.int32)
+        self.fed = np.zeros(rows, np.int32)  # tokens to prefill
         self.token = np.zeros(rows, np.int32)  # the newest token the host knows
         self.source_plan = np.zeros(rows, np.int64)  # the newest plan with this slot, and its row there
         self.source_row = np.zeros(rows, np.int32)
@@ -84,6 +85,7 @@ class RowTable:
         self.set_pages(req)
         self.computed[slot] = req.stored
         self.limit[slot] = req.limit
+        self.fed[slot] = len(req.fed)
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot] = max(p.top_k, 0)
         self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
@@ -95,8 +97,14 @@ class RowTable:
 
     def release(self, req: Request) -> None:
         self.pages[req.slot] = 0
+        self.computed[req.slot] = self.limit[req.slot] = self.fed[req.slot] = 0
         self._free.append(req.slot)
         req.slot = -1
+
+    def growth(self) -> I32:
+        """The most tokens each row's request may still store beyond what its prefill does; 0 for free rows."""
+        most: I32 = self.limit - np.maximum(self.computed, self.fed)
+        return most
 
     def may_grow(self, slots: I32) -> NDArray[np.bool_]:
         """Which of these slots can take one more token and sample after it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from polyradix.backend.batch import I32
@@ -21,19 +23,27 @@ class Request:
         eos: frozenset[int] = frozenset(),
         namespace: str = "",
         seed: int = 0,
+        priority: int = 0,
+        tenant: str = "",
     ) -> None:
         self.rid = rid
         self.prompt: I32 = np.ascontiguousarray(prompt, np.int32)
+        self.prompt_tokens = len(prompt)
         self.params = params
         self.namespace = namespace
         self.seed = seed
+        self.priority = priority  # the lower number is the more important request
+        self.tenant = tenant
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
+        self.timeout: float | None = None  # seconds, and when it ends on the engine's clock; the scheduler has none
+        self.deadline = math.inf
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 
         # The scheduler's own.
         self.arrival = 0
+        self.rank: tuple[int, bool, int] = (0, True, 0)  # in the queue: priority, never admitted, arrival
         self.limit = 0  # prompt and outputs together end here
         self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied
@@ -47,6 +57,7 @@ class Request:
     def feed(self, tokens: I32) -> None:
         """What prefill has to compute: the prompt, and after a retraction the outputs so far."""
         self.fed = tokens
+        self.prefill = len(tokens)
         self.raw = tokens.tobytes()  # the same, for comparing in bulk
         self.hint = (-1, 0)  # version of the tree, and the prefix length it had then
 

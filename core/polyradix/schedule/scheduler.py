@@ -10,7 +10,9 @@ no plan ever writes to a page that another plan in flight uses for another reque
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,16 +20,18 @@ import numpy as np
 
 from polyradix.backend.batch import F32, I32
 from polyradix.cache.pool import PagePool
-from polyradix.cache.radix import Node, RadixCache
+from polyradix.cache.radix import EvictionPolicy, Match, Node, RadixCache
+from polyradix.schedule.estimate import Estimate
 from polyradix.schedule.params import InvalidParam
 from polyradix.schedule.plan import Finish, Output, Plan, RowTable, TokenLogProbs
-from polyradix.schedule.policy import Policy, admission_order
+from polyradix.schedule.queue import OUTPUT_WEIGHT, Policy, WaitingQueue
 from polyradix.schedule.request import Request
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """`pages` includes scratch page 0. `max_tokens` is one step's budget; `max_context` counts prompt and outputs."""
+    """`pages` includes scratch page 0. `max_tokens` is one step's budget, and `chunk` that of its prefill alone;
+    `max_context` counts prompt and outputs. `conservativeness` scales how many pages are left for outputs to come."""
 
     page_size: int
     pages: int
@@ -36,6 +40,10 @@ class SchedulerConfig:
     max_context: int
     policy: Policy = "lpm"
     radix: bool = True
+    eviction: EvictionPolicy = "lru"
+    fair: bool = False
+    chunk: int | None = None
+    conservativeness: float = 1.0
 
     def __post_init__(self) -> None:
         least = {"page_size": 1, "pages": 2, "max_seqs": 1, "max_tokens": self.max_seqs, "max_context": 2}
@@ -53,15 +61,18 @@ LogProbArrays = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
+        self.blocked = False  # when last looked at, the queue stood still for want of rows or pages
         self.retracted = 0  # totals
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self._pool = PagePool(config.pages)
-        self._tree = RadixCache(config.page_size)
+        self._tree = RadixCache(config.page_size, config.eviction)
         self._table = RowTable(config.max_seqs, -(-config.max_context // config.page_size), config.page_size)
         self._known: dict[str, Request] = {}
         self._arrivals = 0
-        self._waiting: list[Request] = []  # retracted requests first
+        self._queue = WaitingQueue(config.policy, config.fair)
+        self._claim: Request | None = None  # first in the queue and not admitted: less important requests yield to it
+        self._estimate = Estimate(config.conservativeness)
         self._prefilling: list[Request] = []  # admitted, with prompt tokens left to plan
         self._decoding: list[Request] = []
         self._slots: I32 = np.empty(0, np.int32)  # of _decoding, gathered anew when _stale
@@ -89,7 +100,7 @@ class Scheduler:
         self._arrivals += 1
         req.arrival = self._arrivals
         self._known[req.rid] = req
-        self._waiting.append(req)
+        self._queue.add(req)
 
     def abort(self, rid: str) -> bool:
         """Drop a request; it gives no further Output. True if it was known."""
@@ -98,7 +109,7 @@ class Scheduler:
             return False
         req.finished = True
         if req.slot < 0:
-            self._waiting.remove(req)
+            self._queue.remove(req)
         else:
             self._leave(req)
         return True
@@ -106,7 +117,7 @@ class Scheduler:
     def plan(self) -> Plan | None:
         """The next step, already counted as launched. None when there is nothing to do now: if plans are in flight,
         apply them and ask again."""
-        ready = self._ready()
+        ready = self._ready() if self._make_way() else None
         if ready is None:
             return None
         rows, slots = ready
@@ -119,6 +130,7 @@ class Scheduler:
             slots = np.concatenate((slots, np.array([req.slot for req, _ in chunks], np.int32)))
         plan = self._table.build(self._launched + 1, rows, slots, [n for _, n in chunks], self._applied)
         self._launched += 1
+        self._estimate.fade()
         self._flight.append(plan)
         self._decoding += [req for req, n in chunks if self._left(req) == 0]
         self._prefilling = [req for req in self._prefilling if self._left(req)]
@@ -129,7 +141,8 @@ class Scheduler:
         """Take the samples int32 [S] of the oldest plan in flight, and log-probabilities if it wants any."""
         if not self._flight or plan is not self._flight[0]:
             raise ValueError(f"plan {plan.number} applied; expected plan {self._applied + 1}, in launch order")
-        if logprobs is None and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
+        wanted = plan.top_logprobs is not None and logprobs is None
+        if wanted and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
             raise ValueError(f"logprobs is None; expected {plan.top_logprobs} a row, as plan {plan.number} says")
         self._flight.popleft()
         out: list[Output] = []
@@ -139,7 +152,7 @@ class Scheduler:
             if req.finished:
                 continue
             req.stored = end
-            if end < len(req.fed):
+            if end < req.prefill:
                 continue
             rows.append(row)
             slots.append(req.slot)
@@ -172,7 +185,20 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue)
+
+    @property
+    def excess(self) -> int:
+        """How many wait for longer than until the next plan, as far as can be told."""
+        return len(self._queue) - (0 if self.blocked else self._table.available)
+
+    def last_waiting(self) -> Request | None:
+        """See WaitingQueue.last."""
+        return self._queue.last()
+
+    def overdue(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        return [req for req in self._known.values() if req.deadline <= now]
 
     @property
     def pages_used(self) -> int:
@@ -195,7 +221,7 @@ class Scheduler:
         assert sorted(pages) == list(range(1, self.config.pages)), "a page is lost or has two owners"
         assert self._limbo == deque() or self._flight, "pages wait for a plan that is not in flight"
         assert len(nodes) == len(running) == self.config.max_seqs - self._table.available, "rows do not match"
-        assert {req.rid for req in running + self._waiting} == set(self._known), "a request is lost"
+        assert {req.rid for req in [*running, *self._queue]} == set(self._known), "a request is lost"
         for req in running:
             assert req.node is not None
             assert req.pages[: req.shared] == self._tree.path(req.node), f"{req.rid} does not hold the tree's pages"
@@ -228,7 +254,8 @@ class Scheduler:
                 break
             if self._flight:
                 return None
-            self._retract(max(self._prefilling + self._decoding, key=lambda req: req.arrival))
+            self._retract(max(self._prefilling + self._decoding, key=_yields))
+            self._estimate.was_low()
         for i, page in zip(full, pages, strict=True):
             req = rows[i]
             self._table.pages[req.slot, len(req.pages)] = page
@@ -238,28 +265,64 @@ class Scheduler:
     def _chunks(self, budget: int) -> list[tuple[Request, int]]:
         """Prefill for the next plan within a budget of tokens: what is begun first, then new requests."""
         out: list[tuple[Request, int]] = []
-        for req in self._prefilling:
-            if budget == 0:
-                return out
+        budget = min(budget, self.config.chunk or budget)
+        prefills = self._prefills()
+        while budget and (req := next(prefills, None)) is not None:
             n = min(budget, self._left(req))
             out.append((req, n))
             budget -= n
-        if not (budget and self._waiting and self._table.available):
-            return out
-        before = len(out)
-        for req in admission_order(self._waiting, self.config.policy, self._cached):
-            if not (budget and self._table.available):
-                break
+        return out
+
+    def _prefills(self) -> Iterator[Request]:
+        """What is begun and, admitted when asked for, what waits: the most important first, begun before new."""
+        begun = deque(sorted(self._prefilling, key=lambda req: req.rank[0]))
+        self.blocked = bool(self._queue) and not self._table.available
+        if self.config.policy != "priority":
+            yield from begun
+            begun.clear()
+            if self.blocked:
+                return
+        for req in self._queue.order(self._cached):
+            while begun and begun[0].rank[0] <= req.rank[0]:
+                yield begun.popleft()
             if self._held_back(req):
                 continue
             if not self._admit(req):
+                self.blocked, self._claim = True, req
                 break
-            n = min(budget, self._left(req))
-            out.append((req, n))
-            budget -= n
-        if len(out) > before:
-            self._waiting = [req for req in self._waiting if req.slot < 0]
-        return out
+            yield req
+        yield from begun
+
+    def _make_way(self) -> bool:
+        """Retracts what must yield to the claim. False: plans in flight must be applied first."""
+        req, self._claim = self._claim, None
+        if req is None or req.finished or not (yielding := self._yielding(req)):
+            return True
+        if self._flight:
+            self._claim = req
+            return False
+        for other in yielding:
+            self._retract(other)
+        return True
+
+    def _yielding(self, req: Request) -> list[Request]:
+        """The fewest running requests, all less important, without which a waiting one can be admitted; maybe none."""
+        worse = [other for other in self._prefilling + self._decoding if other.rank[0] > req.rank[0]]
+        if not worse:
+            return []
+        worse.sort(key=_yields, reverse=True)
+        found = self._match(req)
+        self._tree.lock(found.node)
+        count = 1 + bisect_left(range(1, len(worse) + 1), True, key=lambda n: self._fits(req, found, worse[:n]))
+        self._tree.unlock(found.node)
+        return worse[:count] if count <= len(worse) else []
+
+    def _fits(self, req: Request, found: Match, without: list[Request]) -> bool:
+        """Whether there are pages for a waiting request once others are gone; the prefix found is locked."""
+        nodes = [other.node for other in without if other.node is not None]
+        pages = self._pool.available + self._tree.evictable_pages + self._tree.freed_by(nodes)
+        pages += sum(len(other.pages) - other.shared for other in without)
+        return self._new_pages(req, found) + self._reserve(without) <= pages
 
     def _cached(self, req: Request) -> int:
         """Tokens of a waiting request the tree has. May be too high where pages were evicted since: it is a hint."""
@@ -278,16 +341,18 @@ class Scheduler:
         return any(other.raw.startswith(head) and other.namespace == req.namespace for other in self._filling)
 
     def _admit(self, req: Request) -> bool:
-        """Give a waiting request a slot, the cached prefix and pages for the rest. False, changing nothing, if pages
-        are short: each running request must have one left to grow, or this one would soon be retracted again."""
-        size = self.config.page_size
-        want = req.fed[:-1] if self.config.radix else req.fed[:0]  # the last token is computed even on a full hit
-        found = self._tree.match(want, req.namespace)
+        """Give a waiting request a slot, the cached prefix and pages for the rest. False, changing nothing, if there is
+        no slot, or too few pages would be left for the outputs of all, or this one would soon be retracted again."""
+        if not self._table.available:
+            return False
+        found = self._match(req)
         self._tree.lock(found.node)
-        pages = self._take(-(-len(req.fed) // size) - len(found.pages), keep=self.running)
+        pages = self._take(self._new_pages(req, found), keep=self._reserve())
         if pages is None:
             self._tree.unlock(found.node)
             return False
+        self._queue.remove(req)
+        self._tree.hit(found.node)
         req.node, req.shared, req.stored = found.node, len(found.pages), found.length
         req.pages = found.pages + pages
         self._table.assign(req)
@@ -297,7 +362,21 @@ class Scheduler:
             req.admitted, req.cached_tokens = True, found.length
             self.prompt_tokens += len(req.prompt)
             self.cached_tokens += found.length
+            self._queue.charge(req, len(req.prompt) - found.length)
         return True
+
+    def _match(self, req: Request) -> Match:
+        want = req.fed[:-1] if self.config.radix else req.fed[:0]  # the last token is computed even on a full hit
+        return self._tree.match(want, req.namespace, req.priority)
+
+    def _new_pages(self, req: Request, found: Match) -> int:
+        return -(-len(req.fed) // self.config.page_size) - len(found.pages)
+
+    def _reserve(self, without: Sequence[Request] = ()) -> int:
+        """Pages for the outputs to come of what runs, but for some."""
+        growth = self._table.growth()
+        growth[[other.slot for other in without]] = 0
+        return self._estimate.pages(growth, self.config.page_size)
 
     def _take(self, n: int, keep: int = 0) -> list[int] | None:
         """n pages, evicting as needed; None if `keep` would not be left to take afterwards."""
@@ -310,16 +389,17 @@ class Scheduler:
 
     def _accept(self, req: Request, token: int, row: int, logprobs: LogProbArrays | None) -> Output:
         req.outputs.append(token)
-        n = len(req.prompt)
+        if self.config.fair:
+            self._queue.charge(req, OUTPUT_WEIGHT)
         finish: Finish | None = None
         stop = token if token in req.stops else None
         if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
-        elif n + len(req.outputs) >= req.limit:
+        elif req.prompt_tokens + len(req.outputs) >= req.limit:
             finish = "length"
         req.finished = finish is not None
         details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
-        return Output(req.rid, [token], finish, stop, n, req.cached_tokens, details)
+        return Output(req.rid, [token], finish, stop, req.prompt_tokens, req.cached_tokens, details)
 
     def _share(self, req: Request, tokens: I32) -> None:
         """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on
@@ -328,7 +408,7 @@ class Scheduler:
         if not self.config.radix or count <= req.shared:
             return
         tokens = tokens[: count * self.config.page_size]
-        node, duplicates = self._tree.insert(tokens, req.pages[:count], req.namespace)
+        node, duplicates = self._tree.insert(tokens, req.pages[:count], req.namespace, req.priority)
         self._tree.lock(node)
         old, req.node, req.shared = req.node, node, count
         if duplicates:
@@ -353,8 +433,7 @@ class Scheduler:
         """Back to the front of the queue; its prefill will compute prompt and outputs again. Nothing is in flight."""
         self._leave(req)
         req.feed(req.tokens())
-        first = sum(other.admitted and other.arrival < req.arrival for other in self._waiting)
-        self._waiting.insert(first, req)
+        self._queue.add(req)
         self.retracted += 1
 
     def _release(self, pages: list[int], node: Node) -> None:
@@ -367,6 +446,11 @@ class Scheduler:
             _, pages, node = self._limbo.popleft()
             self._pool.free(pages)
             self._tree.unlock(node)
+
+
+def _yields(req: Request) -> tuple[int, int]:
+    """The greatest yields first: the least important, and of these the newest."""
+    return req.rank[0], req.arrival
 
 
 def _details(row: int, n: int, logprobs: LogProbArrays | None) -> list[TokenLogProbs]:

@@ -21,6 +21,7 @@ from polyradix.serve.client import EngineClient
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
 from polyradix.serve.generation import Choice, Generation, Tokens
 from polyradix.serve.metrics import Metrics
+from polyradix.serve.terms import terms
 
 MAX_BODY = 32 * 2**20  # bytes
 LONG_TEXT = 16_384  # characters; longer texts are tokenized in a thread, so that streams do not stall
@@ -77,7 +78,7 @@ class Server:
         if not params.ignore_eos:
             stops = tuple({*params.stop_token_ids, *self.tokenizer.eos_ids})
             params = msgspec.structs.replace(params, stop_token_ids=stops)
-        return Choice(index, prompt, params, self.tokenizer, stop)
+        return Choice(index, prompt, params, self.tokenizer, stop, terms=terms(body))
 
     def check_ids(self, ids: list[int], field: str) -> list[int]:
         vocab = self.tokenizer.vocab_size

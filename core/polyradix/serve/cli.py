@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from polyradix import __version__
 from polyradix.backend.registry import parse_option
+from polyradix.cache.radix import EvictionPolicy
 from polyradix.engine.config import EngineConfig
+from polyradix.schedule.queue import Policy
 from polyradix.serve.client import set_up_logging
 
 
@@ -110,17 +112,24 @@ def _model_options(p: argparse.ArgumentParser) -> None:
 def _serve_options(p: argparse.ArgumentParser) -> None:
     defaults = EngineConfig(model="")
 
-    def add(flag: str, field: str, text: str, **kwargs: Any) -> None:
-        p.add_argument(flag, dest=field, default=getattr(defaults, field), help=text, **kwargs)
+    def add(flag: str | tuple[str, str], field: str, text: str, **kwargs: Any) -> None:
+        p.add_argument(
+            *([flag] if isinstance(flag, str) else flag),
+            dest=field,
+            default=getattr(defaults, field),
+            help=text,
+            **kwargs,
+        )
 
     add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
-    add("--max-seqs", "max_seqs", "requests running at once", type=int)
+    add(("--max-seqs", "--max-running-requests"), "max_seqs", "requests running at once", type=int)
     add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)
     add("--mem-fraction", "mem_fraction", "share of free memory for KV; the backend's if not given", type=float)
     add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
-    add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
+    _queue_options(add)
     add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
-    p.add_argument("--no-radix", dest="radix", action="store_false", help="do not reuse prefixes across requests")
+    text = "do not reuse prefixes across requests"
+    p.add_argument("--no-radix", "--disable-radix-cache", dest="radix", action="store_false", help=text)
     text = "an option of the backend, which its guide under docs/ names; may be repeated"
     option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
     p.add_argument("--option", dest="backend_options", help=text, **option)
@@ -130,6 +139,24 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
     levels = ("debug", "info", "warning", "error")
     p.add_argument("--log-level", default="info", choices=levels, help="debug also shows tracebacks and every request")
+
+
+def _queue_options(add: Callable[..., None]) -> None:
+    """What docs/scheduling.md is about."""
+    text = "which waiting request goes first: longest cached prefix, first come, or the lowest `priority`"
+    add(("--schedule-policy", "--policy"), "policy", text, choices=get_args(Policy))
+    text = "let the tenant (`user`) that got the least service go first"
+    add("--fair", "fair", text, action="store_true")
+    text = "prefill tokens of a step; what the budget leaves if not given"
+    add("--chunked-prefill-size", "chunked_prefill_size", text, type=int)
+    text = "how fast more pages are kept for outputs to come once they ran out; 0: never"
+    add("--schedule-conservativeness", "schedule_conservativeness", text, type=float)
+    text = "requests that may wait; more are refused with 503; no limit if not given"
+    add("--max-queued-requests", "max_queued_requests", text, type=int)
+    text = "seconds a request may take, and the most its own `timeout` may be; no limit if not given"
+    add("--request-timeout", "request_timeout", text, type=float)
+    text = "which cached prefix is forgotten first"
+    add(("--eviction-policy", "--radix-eviction-policy"), "eviction_policy", text, choices=get_args(EvictionPolicy))
 
 
 if __name__ == "__main__":

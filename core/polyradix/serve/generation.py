@@ -17,6 +17,9 @@ from polyradix.serve.client import EngineClient, EngineDead
 from polyradix.serve.errors import ApiError
 from polyradix.serve.metrics import Metrics
 from polyradix.serve.replies import Finish
+from polyradix.serve.terms import Terms
+
+RETRY_SECONDS = 1  # what a client is told that found the queue full
 
 
 class Tokens(Protocol):
@@ -52,6 +55,7 @@ class Choice:
     params: SamplingParams
     tokenizer: Tokens
     stop: Sequence[str] = ()
+    terms: Terms = field(default_factory=Terms)
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     output_tokens: int = 0
     cached_tokens: int = 0
@@ -65,7 +69,8 @@ class Choice:
         self._text_bytes = 0
 
     def submit(self) -> Submit:
-        return Submit(self.rid, np.asarray(self.prompt, "<i4").tobytes(), self.params)
+        t, tokens = self.terms, np.asarray(self.prompt, "<i4").tobytes()
+        return Submit(self.rid, tokens, self.params, t.namespace, t.priority, t.timeout, t.tenant)
 
     def push(self, chunk: Chunk) -> Piece:
         """Raises ApiError if the engine gave up on it."""
@@ -188,6 +193,10 @@ def _dead(error: EngineDead) -> ApiError:
 def _engine_error(chunk: Chunk) -> ApiError:
     if chunk.param:
         return ApiError(400, chunk.error, chunk.param)
+    if chunk.code == "queue_full":
+        return ApiError(503, chunk.error, code=chunk.code, headers={"retry-after": str(RETRY_SECONDS)})
+    if chunk.code == "timeout":  # a second try would take as long
+        return ApiError(408, chunk.error, code=chunk.code, headers={"x-should-retry": "false"})
     if chunk.finish == "abort":
         return ApiError(503, chunk.error or "the request was aborted", code="aborted")
     return ApiError(500, chunk.error or "the engine failed on this request", code="engine_error")

@@ -20,6 +20,8 @@ _COUNTERS = {
     "finished": "Requests the engine finished",
     "aborted": "Requests aborted in the engine",
     "retracted": "Times a running request was put back because pages ran out",
+    "refused": "Requests refused because the queue was full",
+    "expired": "Requests ended by their timeout",
     "steps": "Engine steps",
     "step_seconds": "Wall time of engine steps",
     "host_seconds": "Wall time of engine steps not spent in kernels",

@@ -37,6 +37,11 @@ class Sampling(Body):
     stream: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
+    priority: int | None = None
+    timeout: float | None = None
+    cache_salt: str | None = None
+    extra_key: str | list[str] | None = None
+    user: str | None = None
 
 
 class StreamOptions(Body):

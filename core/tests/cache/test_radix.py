@@ -183,6 +183,7 @@ class Model:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     page_size=st.integers(1, 3),
+    eviction=st.sampled_from(["lru", "lfu", "slru", "priority"]),
     steps=st.lists(
         st.tuples(
             st.sampled_from(["insert", "insert", "match", "lock", "unlock", "evict"]),
@@ -192,8 +193,8 @@ class Model:
         max_size=40,
     ),
 )
-def test_agrees_with_a_dict_of_prefixes(page_size, steps):
-    tree, model = RadixCache(page_size), Model(page_size)
+def test_agrees_with_a_dict_of_prefixes(page_size, eviction, steps):
+    tree, model = RadixCache(page_size, eviction), Model(page_size)
     locks: list[tuple[Node, list[int]]] = []
     fresh = 0
     for act, tokens, space in steps:
@@ -203,12 +204,14 @@ def test_agrees_with_a_dict_of_prefixes(page_size, steps):
             keys = model.keys(tokens, space)
             pages = list(range(fresh, fresh + len(keys)))
             fresh += len(keys)
-            _, duplicates = tree.insert(array[: len(keys) * page_size], list(pages), space)
+            _, duplicates = tree.insert(array[: len(keys) * page_size], list(pages), space, priority=len(steps) % 3)
             assert duplicates == pages[: len(want)]
             model.held.update(dict(zip(keys[len(want) :], pages[len(want) :], strict=True)))
         elif act == "match":
             assert tree.prefix(array, space) == len(want) * page_size
-            assert tree.match(array, space).pages == want
+            found = tree.match(array, space, priority=len(tokens))
+            assert found.pages == want
+            tree.hit(found.node)
         elif act == "lock":
             node = tree.match(array, space).node
             tree.lock(node)

@@ -26,14 +26,16 @@ class Traffic(RuleBasedStateMachine):
         spare=st.integers(0, 12),
         max_context=st.integers(8, 60),
         depth=st.integers(1, 3),
-        policy=st.sampled_from(["lpm", "fcfs"]),
+        policy=st.sampled_from(["lpm", "fcfs", "priority", "priority"]),
         radix=st.booleans(),
+        eviction=st.sampled_from(["lru", "lfu", "slru", "priority"]),
+        fair=st.booleans(),
+        chunk=st.sampled_from([None, None, 1, 7]),
+        conservativeness=st.sampled_from([0.0, 1.0, 50.0]),
     )
-    def start(self, page_size, pages, max_seqs, spare, max_context, depth, policy, radix) -> None:
+    def start(self, page_size, pages, max_seqs, spare, max_context, depth, **options) -> None:
         self.depth = depth
-        self.device = FakeDevice(
-            SchedulerConfig(page_size, pages, max_seqs + spare, max_seqs, max_context, policy, radix)
-        )
+        self.device = FakeDevice(SchedulerConfig(page_size, pages, max_seqs + spare, max_seqs, max_context, **options))
 
     @rule(
         stem=st.sampled_from(STEMS),
@@ -44,13 +46,23 @@ class Traffic(RuleBasedStateMachine):
         namespace=st.sampled_from(["", "", "b"]),
         stops=st.lists(st.integers(0, VOCAB - 1), max_size=3),
         logprobs=st.sampled_from([None, None, 0, 2]),
+        priority=st.integers(-1, 2),
+        tenant=st.sampled_from(["", "x", "y"]),
     )
-    def add(self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs) -> None:
+    def add(self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs, priority=0, tenant="") -> None:
         room = min(self.device.limit - 1, self.device.config.max_context - 1)
         prompt = ((stem[:length] + tail) or [5])[:room]
         rid = str(len(self.requests))
         self.requests[rid] = self.device.add(
-            rid, prompt, max_tokens, seed, namespace, stop_token_ids=tuple(stops), logprobs=logprobs
+            rid,
+            prompt,
+            max_tokens,
+            seed,
+            namespace,
+            priority,
+            tenant,
+            stop_token_ids=tuple(stops),
+            logprobs=logprobs,
         )
 
     @rule(pick=st.integers(0, 9))
@@ -106,6 +118,8 @@ class Traffic(RuleBasedStateMachine):
         assert s.running <= self.device.config.max_seqs
         for rid in self.aborted:
             assert rid not in self.device.finish
+        if not self.device.flights and s.in_flight == 0 and not s.has_work:
+            assert s.pages_used == 0, "a request that is gone still holds pages"
 
     def teardown(self) -> None:
         if not hasattr(self, "device"):

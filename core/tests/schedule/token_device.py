@@ -64,7 +64,15 @@ class FakeDevice:
         return min(self.config.max_context, (self.config.pages - 1) * self.config.page_size + 1)
 
     def add(
-        self, rid: str, prompt: list[int], max_tokens: int = 4, seed: int = 0, namespace: str = "", **params: object
+        self,
+        rid: str,
+        prompt: list[int],
+        max_tokens: int = 4,
+        seed: int = 0,
+        namespace: str = "",
+        priority: int = 0,
+        tenant: str = "",
+        **params: object,
     ) -> Request:
         req = Request(
             rid,
@@ -72,6 +80,8 @@ class FakeDevice:
             SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
             namespace=namespace,
             seed=seed,
+            priority=priority,
+            tenant=tenant,
         )
         self.scheduler.add(req)
         self.truth[rid] = np.array(prompt + expected(req, self.limit)[0], np.int32)

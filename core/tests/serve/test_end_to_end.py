@@ -288,3 +288,57 @@ def test_killed_server_takes_the_engine_along(model: Path) -> None:
     server.process.kill()
     server.close()
     wait(lambda: not Path(f"/proc/{engine}").exists())
+
+
+FLAGS = ["--schedule-policy", "priority", "--max-running-requests", "1", "--max-queued-requests", "1", "--fair"]
+FLAGS += ["--eviction-policy", "priority", "--chunked-prefill-size", "16", "--request-timeout", "60"]
+FLAGS += ["--schedule-conservativeness", "2"]
+
+
+@pytest.fixture(scope="module")
+def queue_server(model: Path) -> Iterator[Process]:
+    process = Process(model, "numpy", *FLAGS)
+    yield process
+    process.close()
+    assert process.process.returncode == 0
+    assert "Traceback" not in process.log
+
+
+def ask(server: Process, tokens: int, **more: Any) -> httpx.Response:
+    body = {"prompt": "a b c", "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+    return httpx.post(server.url + "/v1/completions", json=body | more, timeout=60)
+
+
+def test_a_more_important_request_goes_first_and_nobody_sees_it(queue_server: Process) -> None:
+    alone = ask(queue_server, 480).json()["choices"][0]["text"]
+    body = {"prompt": "a b c", "max_tokens": 480, "ignore_eos": True, "temperature": 0, "stream": True, "priority": 2}
+    with httpx.stream("POST", queue_server.url + "/v1/completions", json=body, timeout=60) as low:
+        lines = low.iter_lines()
+        events = [next(lines)]
+        assert ask(queue_server, 3, priority=0).status_code == 200
+        events += lines
+    data = [json.loads(e.removeprefix("data: ")) for e in events if e and not e.endswith("[DONE]")]
+    assert "".join(event["choices"][0]["text"] for event in data) == alone
+    wait(lambda: queue_server.metrics()["polyradix_engine_retracted_total"] >= 1)
+
+
+def test_a_full_queue_and_a_timeout(queue_server: Process) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = [f.result() for f in [pool.submit(ask, queue_server, 300) for _ in range(8)]]
+    codes = {answer.status_code for answer in answers}
+    assert codes == {200, 503}
+    assert all(int(a.headers["retry-after"]) >= 1 for a in answers if a.status_code == 503)
+    late = ask(queue_server, 480, timeout=0.001)
+    assert late.status_code == 408
+    assert late.json()["error"]["message"] == "the request was not done after 0.001 seconds, its timeout"
+    assert ask(queue_server, 2, timeout=50).status_code == 200
+
+
+def test_a_salt_separates_caches(queue_server: Process) -> None:
+    def cached(**terms: Any) -> int:
+        usage = ask(queue_server, 2, prompt="x" * 100, **terms).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(cache_salt="one") == 0
+    assert cached(cache_salt="one") > 0
+    assert cached(cache_salt="two") == cached(extra_key="adapter") == cached() == 0

@@ -279,6 +279,11 @@ FIELDS = [
     "n",
     "stream_options",
     "seed",
+    "priority",
+    "timeout",
+    "cache_salt",
+    "extra_key",
+    "user",
 ]
 
 
