@@ -27,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int | None = None  # tokens per KV page
     policy: Literal["lpm", "fcfs"] = "lpm"
     radix: bool = True  # reuse prefixes across requests
+    jump_forward: bool = True  # append tokens that a grammar forces, instead of sampling them
     emulate: bool = False
     seed: int = 0  # for requests that bring none, and for dummy weights
     progress: bool = True  # show a bar while loading

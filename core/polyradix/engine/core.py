@@ -93,7 +93,7 @@ class EngineCore:
             )
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
-        self._gate = Gate(compiler)
+        self._gate = Gate(compiler, config.jump_forward)
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
@@ -206,7 +206,7 @@ class EngineCore:
         s, now = self.scheduler, self._stats
         now.running, now.waiting, now.retracted = s.running, s.waiting, s.retracted
         now.pages_used, now.pages_cached = s.pages_used, s.pages_cached
-        now.prompt_tokens, now.cached_tokens = s.prompt_tokens, s.cached_tokens
+        now.prompt_tokens, now.cached_tokens, now.jumped_tokens = s.prompt_tokens, s.cached_tokens, s.jumped_tokens
         return now
 
     def info(self) -> dict[str, str | int | float | bool]:

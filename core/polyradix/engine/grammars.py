@@ -20,8 +20,8 @@ IDLE_SECONDS = 0.02  # how long a loop with nothing else to do waits for a gramm
 class Gate:
     """Requests whose grammar is not compiled yet. They join the scheduler's queue when it is."""
 
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
+    def __init__(self, compiler: Compiler, jump_forward: bool = True) -> None:
+        self._compiler, self._jump_forward = compiler, jump_forward
         self._waiting: dict[str, tuple[Request, GrammarSpec, Future[Grammar]]] = {}
 
     @property
@@ -47,6 +47,7 @@ class Gate:
         for rid, (req, spec, work) in list(self._waiting.items()):
             if work.done():
                 del self._waiting[rid]
+                req.jumps = self._jump_forward and req.params.logprobs is None  # a chunk has one row of logits
                 refused += _admit(scheduler, req, spec, work)
         return refused
 

@@ -30,6 +30,8 @@ class Request:
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
+        self.jumps = False  # tokens that the matcher forces are not sampled; set before the request is added
+        self.ahead: list[int] = []  # forced before the first sample, and not given out yet
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 
         # The scheduler's own.

@@ -121,6 +121,8 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
     add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
     p.add_argument("--no-radix", dest="radix", action="store_false", help="do not reuse prefixes across requests")
+    text = "sample tokens that a grammar forces one by one"
+    p.add_argument("--no-jump-forward", dest="jump_forward", action="store_false", help=text)
     text = "an option of the backend, which its guide under docs/ names; may be repeated"
     option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
     p.add_argument("--option", dest="backend_options", help=text, **option)

@@ -98,6 +98,10 @@ def _text(chunks: list[Chunk]) -> str:
     return text
 
 
+def _tokens(chunks: list[Chunk]) -> list[int]:
+    return [t for c in chunks for t in c.tokens]
+
+
 def _schema(schema: object, **more: Any) -> GrammarSpec:
     return GrammarSpec(kind="json_schema", source=json.dumps(schema), **more)
 
@@ -132,7 +136,7 @@ def test_an_output_ends_where_nothing_may_follow(make: Any) -> None:
     _submit(core, "short", GrammarSpec(kind="regex", source="abc"), max_tokens=2)
     _submit(core, "open", GrammarSpec(kind="regex", source="x{2,}"), max_tokens=60, temperature=1.5)
     out = _drain(core)
-    assert (len(out["fixed"]), out["fixed"][-1].finish, out["fixed"][-1].stop_token) == (3, "stop", None)
+    assert (len(_tokens(out["fixed"])), out["fixed"][-1].finish, out["fixed"][-1].stop_token) == (3, "stop", None)
     assert (_text(out["short"]), out["short"][-1].finish) == ("ab", "length")
     assert re.fullmatch("x{2,}", _text(out["open"]))
     assert (out["open"][-1].finish, out["open"][-1].stop_token) == ("stop", 256)

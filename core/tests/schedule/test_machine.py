@@ -44,13 +44,22 @@ class Traffic(RuleBasedStateMachine):
         namespace=st.sampled_from(["", "", "b"]),
         stops=st.lists(st.integers(0, VOCAB - 1), max_size=3),
         logprobs=st.sampled_from([None, None, 0, 2]),
+        forcing=st.booleans(),
     )
-    def add(self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs) -> None:
+    def add(self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs, forcing) -> None:
         room = min(self.device.limit - 1, self.device.config.max_context - 1)
         prompt = ((stem[:length] + tail) or [5])[:room]
         rid = str(len(self.requests))
         self.requests[rid] = self.device.add(
-            rid, prompt, max_tokens, seed, namespace, stop_token_ids=tuple(stops), logprobs=logprobs
+            rid,
+            prompt,
+            max_tokens,
+            seed,
+            namespace,
+            forcing,
+            logprobs is None,
+            stop_token_ids=tuple(stops),
+            logprobs=logprobs,
         )
 
     @rule(pick=st.integers(0, 9))
@@ -59,7 +68,7 @@ class Traffic(RuleBasedStateMachine):
         rids = [rid for rid in self.device.finish if rid not in self.aborted]
         if rids:
             old = self.requests[rids[pick % len(rids)]]
-            self.add([*old.prompt.tolist(), *old.outputs, 7, 8], 99, [], 3, old.seed, old.namespace, [], None)
+            self.add([*old.prompt.tolist(), *old.outputs, 7, 8], 99, [], 3, old.seed, old.namespace, [], None, False)
 
     @precondition(lambda self: len(self.device.flights) < self.depth)
     @rule()
