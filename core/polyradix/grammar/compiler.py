@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from polyradix.backend.batch import I32
+from polyradix.grammar.exact import Exact
 from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Vocabulary
 
 LIMIT_SECONDS = 0.8
@@ -122,8 +123,9 @@ def _tokenizer(words: Vocabulary, vocab: int, eos: frozenset[int]) -> Any:
             self.special_token_ids = sorted(i for i in {*words.special_ids, *ends} if i < vocab)
 
         def __call__(self, text: str | bytes) -> list[int]:
-            return words.encode(text if isinstance(text, str) else text.decode(), add_special=False)
+            return encode(text if isinstance(text, str) else text.decode())
 
+    encode = Exact(words)
     return LLTokenizer(TokenizerWrapper(Words()), n_vocab=vocab, eos_token=ends)
 
 
