@@ -20,7 +20,7 @@ from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
-from polyradix.engine.grammars import Gate, masked
+from polyradix.engine.grammars import Gate
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
 from polyradix.engine.tokenizer import load_tokenizer
@@ -255,7 +255,7 @@ class EngineCore:
     def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
         """With the mask of its grammars. A request whose grammar fails is ended."""
         begin = time.perf_counter()
-        mask, failed = masked(plan, self.spec.vocab)
+        mask, failed = self._gate.masked(plan, self.spec.vocab)
         chunks += [chunk for chunk in failed if self.scheduler.abort(chunk.rid)]
         self._stats.grammar_seconds += time.perf_counter() - begin
         return replace(plan.sample, mask=mask)

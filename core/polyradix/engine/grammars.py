@@ -51,6 +51,19 @@ class Gate:
                 refused += _admit(scheduler, req, spec, work)
         return refused
 
+    def masked(self, plan: Plan, vocab: int) -> tuple[I32, list[Chunk]]:
+        """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar; and the last chunks of
+        requests whose grammar can go no further. All earlier plans are applied."""
+        mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
+        chosen = {row: (req, matcher) for row, req, matcher in plan.choosing()}
+        failed: list[Chunk] = []
+        for row, error in self._compiler.fill([(row, matcher) for row, (_, matcher) in chosen.items()], mask):
+            req = chosen[row][0]
+            assert req.params.grammar is not None
+            mask[row] = -1
+            failed.append(_refusal(req.rid, req.params.grammar, error))
+        return mask, failed
+
 
 def _admit(scheduler: Scheduler, req: Request, spec: GrammarSpec, work: Future[Grammar]) -> list[Chunk]:
     try:
@@ -65,18 +78,3 @@ def _admit(scheduler: Scheduler, req: Request, spec: GrammarSpec, work: Future[G
 
 def _refusal(rid: str, spec: GrammarSpec, error: GrammarError) -> Chunk:
     return Chunk(rid=rid, tokens=[], finish="error", error=f"{spec.field} cannot be used: {error}", param=spec.field)
-
-
-def masked(plan: Plan, vocab: int) -> tuple[I32, list[Chunk]]:
-    """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar; and the last chunks of requests
-    whose grammar can go no further. All earlier plans are applied."""
-    mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
-    failed: list[Chunk] = []
-    for row, req, matcher in plan.choosing():
-        try:
-            matcher.fill(mask[row])
-        except GrammarError as error:
-            assert req.params.grammar is not None
-            mask[row] = -1
-            failed.append(_refusal(req.rid, req.params.grammar, error))
-    return mask, failed

@@ -12,18 +12,20 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from polyradix.backend.batch import I32
 from polyradix.grammar.exact import Exact
-from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Vocabulary
+from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Matcher, Vocabulary
+from polyradix.grammar.tags import lark
 
 LIMIT_SECONDS = 0.8
+MASK_THREADS = 8
 CACHED = 64  # grammars; the largest lexers have some 2 kB a state
 MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
 LIMITS = {
@@ -34,6 +36,7 @@ LIMITS = {
 }
 # One spelling of JSON: keys are then forced whole, and a model cannot write white space without end.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
+JSON_FORM["lenient"] = False
 
 
 class LlgCompiler:
@@ -45,6 +48,7 @@ class LlgCompiler:
         self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "grammar")
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
+        self._specials: dict[str, int] = {}
         self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
 
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
@@ -58,6 +62,25 @@ class LlgCompiler:
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return work
+
+    def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
+        if len(rows) > 1:
+            ours = [(matcher.inner, row) for row, matcher in rows if isinstance(matcher, _Matcher)]
+            self._threads.unsafe_compute_mask_ptr(ours, mask.ctypes.data, mask.strides[0], len(mask))
+        failed = []
+        for row, matcher in rows:
+            try:
+                if len(rows) == 1 or not isinstance(matcher, _Matcher) or matcher.inner.is_error():
+                    matcher.fill(mask[row])
+            except GrammarError as error:
+                failed.append((row, error))
+        return failed
+
+    @cached_property
+    def _threads(self) -> Any:
+        from llguidance import LLExecutor
+
+        return LLExecutor(num_threads=min(MASK_THREADS, os.cpu_count() or 1))
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -75,7 +98,7 @@ class LlgCompiler:
         timer.start()
         begin = time.perf_counter()
         try:
-            grammar: Grammar | GrammarError = _Compiled(tokenizer, spec)
+            grammar: Grammar | GrammarError = _Compiled(tokenizer, spec, self._specials)
         except GrammarError as error:
             grammar = error
         timer.cancel()
@@ -88,7 +111,10 @@ class LlgCompiler:
     def _made(self) -> Any:
         with self._making:
             if self._tokenizer is None:
-                self._tokenizer = _tokenizer(self._load(), self._vocab, self._eos)
+                words = self._load()
+                names = {words.token_bytes(i).decode("utf-8", "replace"): i for i in words.special_ids if i < self._vocab}
+                self._specials = {name: i for name, i in names.items() if name}
+                self._tokenizer = _tokenizer(words, self._vocab, self._eos)
             return self._tokenizer
 
 
@@ -130,11 +156,11 @@ def _tokenizer(words: Vocabulary, vocab: int, eos: frozenset[int]) -> Any:
 
 
 class _Compiled:
-    def __init__(self, tokenizer: Any, spec: GrammarSpec) -> None:
+    def __init__(self, tokenizer: Any, spec: GrammarSpec, specials: dict[str, int]) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            source = _source(spec)
+            source = _source(spec, specials)
         except GrammarError:
             raise
         except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
@@ -159,33 +185,33 @@ class _Matcher:
     each goes on with a lexer of its own, and nobody new gets the old one. `shared` is None once that is done."""
 
     def __init__(self, inner: Any, shared: _Compiled | None) -> None:
-        self._inner, self._shared = inner, shared
+        self.inner, self._shared = inner, shared
         self._taken: list[int] = []
 
     def fill(self, row: I32) -> None:
         if not row.flags.c_contiguous or row.dtype != np.int32:
             raise ValueError(f"row is {row.dtype}; expected contiguous int32")
-        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._shared is not None and self._inner.is_error():
+        self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._shared is not None and self.inner.is_error():
             self._shared.worn = True
-            self._inner, self._shared = self._shared.fresh(), None
+            self.inner, self._shared = self._shared.fresh(), None
             for token in self._taken:
-                self._inner.consume_token(token)
-            self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._inner.is_error():
-            raise GrammarError(_short(self._inner.get_error()))
+                self.inner.consume_token(token)
+            self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self.inner.is_error():
+            raise GrammarError(_short(self.inner.get_error()))
 
     def accept(self, token: int) -> bool:
         """A token that the grammar does not allow is reported by the next `fill`."""
         self._taken.append(token)
-        self._inner.consume_token(token)
-        return bool(self._inner.is_stopped() and not self._inner.is_error())
+        self.inner.consume_token(token)
+        return bool(self.inner.is_stopped() and not self.inner.is_error())
 
     def forced(self) -> list[int]:
-        return list(self._inner.compute_ff_tokens())
+        return list(self.inner.compute_ff_tokens())
 
 
-def _source(spec: GrammarSpec) -> str:
+def _source(spec: GrammarSpec, specials: dict[str, int]) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -197,6 +223,8 @@ def _source(spec: GrammarSpec) -> str:
         return str(LLMatcher.grammar_from_regex(spec.source))
     if spec.kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(any_to_lark(spec.source)))
+    if spec.kind == "structural_tag":
+        return str(LLMatcher.grammar_from_lark(lark(spec.source, specials, JSON_FORM)))
     choices = json.loads(spec.source)
     if not choices or not all(isinstance(c, str) and c for c in choices):
         raise GrammarError("a list of strings, at least one and none empty, is expected")
