@@ -43,6 +43,7 @@ class Gate:
             return []
         if not scheduler.has_work:
             wait([work for _, _, work in self._waiting.values()], IDLE_SECONDS, FIRST_COMPLETED)
+        self._compiler.expire()
         refused: list[Chunk] = []
         for rid, (req, spec, work) in list(self._waiting.items()):
             if work.done():

@@ -1,8 +1,8 @@
 """Grammars through llguidance, which is imported by the first request that needs it.
 
 Limits: a source has MAX_SOURCE bytes at most, the library's own fuel bounds the work and the memory of what it makes of
-it, and a compilation that takes longer than LIMIT_SECONDS is refused. The library cannot be interrupted, so that one
-still runs to its end on its thread; its result is kept for whoever asks again.
+it, and what is not compiled LIMIT_SECONDS after it was asked for is refused. The library cannot be interrupted, so what
+was begun runs to its end on its thread. Large sources have a thread of their own: a flood of them delays no small one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Matcher, 
 from polyradix.grammar.tags import lark
 
 LIMIT_SECONDS = 0.8
+SMALL = 4096  # bytes
+QUEUE = 32  # grammars that wait for one thread
 MASK_THREADS = 8
 CACHED = 64  # grammars; the largest lexers have some 2 kB a state
 MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
@@ -45,9 +47,11 @@ class LlgCompiler:
 
     def __init__(self, load: Callable[[], Vocabulary], vocab: int, eos: frozenset[int] = frozenset()) -> None:
         self._load, self._vocab, self._eos = load, vocab, eos
-        self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "grammar")
+        self._lanes = [ThreadPoolExecutor(1, f"grammar-{size}") for size in ("small", "large")]
+        self._pending: list[tuple[Future[Grammar], float, bool]] = []  # since when, and whether in the large lane
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
+        self._ready: float | None = None  # since when there is a tokenizer
         self._specials: dict[str, int] = {}
         self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
 
@@ -56,12 +60,28 @@ class LlgCompiler:
         with self._lock:
             work = self._cache.get(key)
             if work is None or _worn(work):
-                work = self._cache[key] = Future()
-                self._pool.submit(self._run, spec, work)
+                work = Future()
+                lane = len(spec.source) > SMALL
+                if sum(large == lane and not waiting.done() for waiting, _, large in self._pending) >= QUEUE:
+                    work.set_exception(GrammarError("too many others wait to be compiled; try again"))
+                    return work
+                self._cache[key] = work
+                self._pending.append((work, time.monotonic(), lane))
+                self._lanes[lane].submit(self._run, spec, work)
             self._cache.move_to_end(key)
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return work
+
+    def expire(self) -> None:
+        with self._lock:
+            self._pending = [entry for entry in self._pending if not entry[0].done()]
+            if self._ready is not None:
+                now = time.monotonic()
+                for work, since, _ in self._pending:
+                    if now - max(since, self._ready) > LIMIT_SECONDS:
+                        late = f"compiling it, or waiting for others, took longer than {LIMIT_SECONDS} s; simplify it"
+                        _set(work, GrammarError(late))
 
     def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
         if len(rows) > 1:
@@ -83,30 +103,31 @@ class LlgCompiler:
         return LLExecutor(num_threads=min(MASK_THREADS, os.cpu_count() or 1))
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for lane in self._lanes:
+            lane.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, spec: GrammarSpec, work: Future[Grammar]) -> None:
-        """The time limit is a timer's, as the library cannot be stopped."""
+        """What comes too late is for whoever asks again; what nobody waits for any more is not begun."""
         try:
             tokenizer = self._made()
         except Exception as error:  # whatever a tokenizer's files or the library may raise
             _set(work, GrammarError(f"this model's tokenizer cannot be used with grammars: {error}"))
             return
-        late = GrammarError(f"compiling it took longer than {LIMIT_SECONDS} s; simplify it")
-        timer = threading.Timer(LIMIT_SECONDS, _set, (work, late))
-        timer.daemon = True
-        timer.start()
-        begin = time.perf_counter()
+        key = spec.kind, spec.source
+        if work.done():
+            with self._lock:
+                if self._cache.get(key) is work:
+                    del self._cache[key]
+            return
         try:
             grammar: Grammar | GrammarError = _Compiled(tokenizer, spec, self._specials)
         except GrammarError as error:
             grammar = error
-        timer.cancel()
-        if not _set(work, grammar) and time.perf_counter() - begin > LIMIT_SECONDS and isinstance(grammar, _Compiled):
+        if not _set(work, grammar):
             done: Future[Grammar] = Future()
-            done.set_result(grammar)
+            _set(done, grammar)
             with self._lock:
-                self._cache[spec.kind, spec.source] = done
+                self._cache[key] = done
 
     def _made(self) -> Any:
         with self._making:
@@ -115,6 +136,7 @@ class LlgCompiler:
                 names = {words.token_bytes(i).decode("utf-8", "replace"): i for i in words.special_ids if i < self._vocab}
                 self._specials = {name: i for name, i in names.items() if name}
                 self._tokenizer = _tokenizer(words, self._vocab, self._eos)
+                self._ready = time.monotonic()
             return self._tokenizer
 
 

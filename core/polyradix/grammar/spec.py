@@ -66,7 +66,10 @@ class Vocabulary(Protocol):
 
 class Compiler(Protocol):
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
-        """At once; the future has the grammar, or a GrammarError, in LIMIT_SECONDS of work or little more."""
+        """At once; the future has the grammar, or a GrammarError."""
+
+    def expire(self) -> None:
+        """Refuse what takes too long. To be called often."""
 
     def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
         """`Matcher.fill` of these rows of a contiguous mask i32[S, ceil(V/32)], on several threads; and which failed."""
