@@ -89,7 +89,7 @@ def jump(device: str, rounds: int) -> None:
                 equal = texts[0][0] == texts[1][0]
             plain, fast = (float(np.median(seconds[way])) for way in (False, True))
             print(
-                f"{name}, batch {batch}: {plain:.2f} s, with jump-forward {fast:.2f} s, {plain / fast:.2f} times as fast; "
+                f"{name}, batch {batch}: {plain:.2f} s, with jump-forward {fast:.2f} s: {plain / fast:.2f} times; "
                 f"steps {texts[0][1]} and {texts[1][1]}; texts equal: {equal}; {len(done[0].tokens)} tokens, as "
                 f"{done[0].text[:60]}",
                 flush=True,

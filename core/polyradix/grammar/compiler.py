@@ -37,8 +37,13 @@ LIMITS = {
     "verbose_errors": False,
 }
 # One spelling of JSON: keys are then forced whole, and a model cannot write white space without end.
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
-JSON_FORM["lenient"] = False
+JSON_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
 
 
 class LlgCompiler:
@@ -133,7 +138,9 @@ class LlgCompiler:
         with self._making:
             if self._tokenizer is None:
                 words = self._load()
-                names = {words.token_bytes(i).decode("utf-8", "replace"): i for i in words.special_ids if i < self._vocab}
+                names = {
+                    words.token_bytes(i).decode("utf-8", "replace"): i for i in words.special_ids if i < self._vocab
+                }
                 self._specials = {name: i for name, i in names.items() if name}
                 self._tokenizer = _tokenizer(words, self._vocab, self._eos)
                 self._ready = time.monotonic()

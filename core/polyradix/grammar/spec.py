@@ -20,7 +20,8 @@ class GrammarError(ValueError):
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`source` is a JSON schema as text, a regular expression that the whole output matches, a grammar (Lark, or GBNF
-    with `::=`), a JSON list of strings for `choice`, tags as grammar/tags.py has them; "" for `json_object`. `field` names it in errors."""
+    with `::=`), a JSON list of strings for `choice`, "" for `json_object`, and for `structural_tag` what
+    grammar/tags.py says. `field` names it in errors."""
 
     kind: Kind
     source: str = ""
@@ -72,4 +73,4 @@ class Compiler(Protocol):
         """Refuse what takes too long. To be called often."""
 
     def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
-        """`Matcher.fill` of these rows of a contiguous mask i32[S, ceil(V/32)], on several threads; and which failed."""
+        """`Matcher.fill` of these rows of a contiguous mask i32[S, ceil(V/32)], on several threads. Which failed."""

@@ -35,7 +35,7 @@ def structural_tag(
     stop_after_first: bool = False,
     field: str = "grammar",
 ) -> GrammarSpec:
-    """Of (begin, schema, end). With both switches on, the output is one of them and nothing else: a forced tool call."""
+    """Of (begin, schema, end). With both switches on, the output is one of them and nothing else: a forced call."""
     made = [Structure(begin, end, schema) for begin, schema, end in structures]
     source = msgspec.json.encode(Tags(made, list(triggers), at_least_one, stop_after_first))
     return GrammarSpec(kind="structural_tag", source=source.decode(), field=field)

@@ -15,7 +15,12 @@ from polyradix.grammar.tags import structural_tag
 from polyradix.serve.fake import ByteTokenizer
 
 VOCAB = 300
-CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"], "additionalProperties": False}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 TOOLS = [("<f=get>", CITY, "</f>"), ("<f=put>", True, "</f>"), ("[add]", CITY, "")]
 GET, PUT = '<f=get>{"city": "x"}</f>', "<f=put>[1, {}]</f>"
 
