@@ -52,11 +52,13 @@ class Gate:
                 refused += _admit(scheduler, req, spec, work)
         return refused
 
-    def masked(self, plan: Plan, vocab: int) -> tuple[I32, list[Chunk]]:
-        """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar; and the last chunks of
-        requests whose grammar can go no further. All earlier plans are applied."""
-        mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
+    def masked(self, plan: Plan, vocab: int) -> tuple[I32 | None, list[Chunk]]:
+        """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar, None if no row needs it; and
+        the last chunks of requests whose grammar can go no further. All earlier plans are applied."""
         chosen = {row: (req, matcher) for row, req, matcher in plan.choosing()}
+        if not chosen:
+            return None, []
+        mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
         failed: list[Chunk] = []
         for row, error in self._compiler.fill([(row, matcher) for row, (_, matcher) in chosen.items()], mask):
             req = chosen[row][0]

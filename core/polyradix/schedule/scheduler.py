@@ -355,7 +355,7 @@ class Scheduler:
         self._decoding.remove(req)
         self._prefilling.insert(0, req)
         self._stale = True
-        self.jumped_tokens += len(out.tokens) - 1
+        self.jumped_tokens += len(req.fed) - known
 
     def _share(self, req: Request, tokens: I32) -> None:
         """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on
