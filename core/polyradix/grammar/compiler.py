@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class LlgCompiler:
     def __init__(self, load: Callable[[], Vocabulary], vocab: int, eos: frozenset[int] = frozenset()) -> None:
         self._load, self._vocab, self._eos = load, vocab, eos
         self._lanes = [ThreadPoolExecutor(1, f"grammar-{size}") for size in ("small", "large")]
+        self._fillers = ThreadPoolExecutor(min(MASK_THREADS, os.cpu_count() or 1), "mask")
         self._pending: list[tuple[Future[Grammar], float, bool]] = []  # since when, and whether in the large lane
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
@@ -89,26 +90,18 @@ class LlgCompiler:
                         _set(work, GrammarError(late))
 
     def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
-        if len(rows) > 1:
-            ours = [(matcher.inner, row) for row, matcher in rows if isinstance(matcher, _Matcher)]
-            self._threads.unsafe_compute_mask_ptr(ours, mask.ctypes.data, mask.strides[0], len(mask))
-        failed = []
+        """Matchers that share a lexer wait for each other, so each lexer's are filled in turn."""
+        groups: dict[int, list[tuple[int, Matcher]]] = {}
         for row, matcher in rows:
-            try:
-                if len(rows) == 1 or not isinstance(matcher, _Matcher) or matcher.inner.is_error():
-                    matcher.fill(mask[row])
-            except GrammarError as error:
-                failed.append((row, error))
-        return failed
-
-    @cached_property
-    def _threads(self) -> Any:
-        from llguidance import LLExecutor
-
-        return LLExecutor(num_threads=min(MASK_THREADS, os.cpu_count() or 1))
+            groups.setdefault(matcher.lexer if isinstance(matcher, _Matcher) else id(matcher), []).append(
+                (row, matcher)
+            )
+        each = partial(_fill, mask=mask)
+        parts = self._fillers.map(each, groups.values()) if len(groups) > 1 else map(each, groups.values())
+        return [failed for part in parts for failed in part]
 
     def close(self) -> None:
-        for lane in self._lanes:
+        for lane in (*self._lanes, self._fillers):
             lane.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, spec: GrammarSpec, work: Future[Grammar]) -> None:
@@ -145,6 +138,16 @@ class LlgCompiler:
                 self._tokenizer = _tokenizer(words, self._vocab, self._eos)
                 self._ready = time.monotonic()
             return self._tokenizer
+
+
+def _fill(rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
+    failed = []
+    for row, matcher in rows:
+        try:
+            matcher.fill(mask[row])
+        except GrammarError as error:
+            failed.append((row, error))
+    return failed
 
 
 def _worn(work: Future[Grammar]) -> bool:
@@ -214,30 +217,34 @@ class _Matcher:
     each goes on with a lexer of its own, and nobody new gets the old one. `shared` is None once that is done."""
 
     def __init__(self, inner: Any, shared: _Compiled | None) -> None:
-        self.inner, self._shared = inner, shared
+        self._inner, self._shared = inner, shared
         self._taken: list[int] = []
+
+    @property
+    def lexer(self) -> int:
+        return id(self._shared or self)
 
     def fill(self, row: I32) -> None:
         if not row.flags.c_contiguous or row.dtype != np.int32:
             raise ValueError(f"row is {row.dtype}; expected contiguous int32")
-        self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._shared is not None and self.inner.is_error():
+        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._shared is not None and self._inner.is_error():
             self._shared.worn = True
-            self.inner, self._shared = self._shared.fresh(), None
+            self._inner, self._shared = self._shared.fresh(), None
             for token in self._taken:
-                self.inner.consume_token(token)
-            self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self.inner.is_error():
-            raise GrammarError(_short(self.inner.get_error()))
+                self._inner.consume_token(token)
+            self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._inner.is_error():
+            raise GrammarError(_short(self._inner.get_error()))
 
     def accept(self, token: int) -> bool:
         """A token that the grammar does not allow is reported by the next `fill`."""
         self._taken.append(token)
-        self.inner.consume_token(token)
-        return bool(self.inner.is_stopped() and not self.inner.is_error())
+        self._inner.consume_token(token)
+        return bool(self._inner.is_stopped() and not self._inner.is_error())
 
     def forced(self) -> list[int]:
-        return list(self.inner.compute_ff_tokens())
+        return list(self._inner.compute_ff_tokens())
 
 
 def _source(spec: GrammarSpec, specials: dict[str, int]) -> str:

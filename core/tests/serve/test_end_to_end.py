@@ -185,9 +185,7 @@ def test_a_grammar_that_cannot_be_met_is_the_clients_error(
     ending_server: Process, stream: bool, field: str, value: object, param: str, reason: str
 ) -> None:
     body = {"prompt": "x", "stream": stream, field: value}
-    begin = time.monotonic()
     reply = httpx.post(ending_server.url + "/v1/completions", json=body)
-    assert time.monotonic() - begin < 1
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
     assert reason in reply.json()["error"]["message"]
 
