@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout: float | None = None  # seconds, the most and the default of a request's own
     eviction_policy: EvictionPolicy = "lru"
     radix: bool = True  # reuse prefixes across requests
+    jump_forward: bool = True  # append tokens that a grammar forces, instead of sampling them
     emulate: bool = False
     seed: int = 0  # for requests that bring none, and for dummy weights
     progress: bool = True  # show a bar while loading

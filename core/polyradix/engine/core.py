@@ -20,7 +20,7 @@ from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
-from polyradix.engine.grammars import Gate, masked
+from polyradix.engine.grammars import Gate
 from polyradix.engine.limits import Limiter
 from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
@@ -98,7 +98,7 @@ class EngineCore:
             )
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
-        self._gate = Gate(compiler)
+        self._gate = Gate(compiler, config.jump_forward)
         self._limits = Limiter(config, self.scheduler, self._gate)
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
@@ -230,7 +230,7 @@ class EngineCore:
         now.running, now.waiting, now.retracted = s.running, s.waiting, s.retracted
         now.refused, now.expired = self._limits.refused, self._limits.expired
         now.pages_used, now.pages_cached = s.pages_used, s.pages_cached
-        now.prompt_tokens, now.cached_tokens = s.prompt_tokens, s.cached_tokens
+        now.prompt_tokens, now.cached_tokens, now.jumped_tokens = s.prompt_tokens, s.cached_tokens, s.jumped_tokens
         return now
 
     def info(self) -> dict[str, str | int | float | bool]:
@@ -279,7 +279,7 @@ class EngineCore:
     def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
         """With the mask of its grammars. A request whose grammar fails is ended."""
         begin = time.perf_counter()
-        mask, failed = masked(plan, self.spec.vocab)
+        mask, failed = self._gate.masked(plan, self.spec.vocab)
         chunks += [chunk for chunk in failed if self.scheduler.abort(chunk.rid)]
         self._stats.grammar_seconds += time.perf_counter() - begin
         return replace(plan.sample, mask=mask)

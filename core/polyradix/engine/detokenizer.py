@@ -73,6 +73,17 @@ class Detokenizer:
         data = b"".join([self._bytes(i) for i in token_ids if i not in self._skip])
         return self._advance(self._decode(data))
 
+    def take(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """`push`, one token at a time until stopped; and how many of them were pushed."""
+        if not self._stops:
+            return self.push(token_ids), len(token_ids)
+        text = ""
+        for count, token in enumerate(token_ids, 1):
+            text += self.push([token])
+            if self.stopped:
+                return text, count
+        return text, len(token_ids)
+
     def finish(self) -> str:
         """The rest: what was held back, and U+FFFD for a character that never became whole."""
         text = self._advance(self._decode(b"", True))

@@ -20,8 +20,8 @@ IDLE_SECONDS = 0.02  # how long a loop with nothing else to do waits for a gramm
 class Gate:
     """Requests whose grammar is not compiled yet. They join the scheduler's queue when it is."""
 
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
+    def __init__(self, compiler: Compiler, jump_forward: bool = True) -> None:
+        self._compiler, self._jump_forward = compiler, jump_forward
         self._waiting: dict[str, tuple[Request, GrammarSpec, Future[Grammar]]] = {}
 
     @property
@@ -50,12 +50,29 @@ class Gate:
             return []
         if not scheduler.has_work:
             wait([work for _, _, work in self._waiting.values()], IDLE_SECONDS, FIRST_COMPLETED)
+        self._compiler.expire()
         refused: list[Chunk] = []
         for rid, (req, spec, work) in list(self._waiting.items()):
             if work.done():
                 del self._waiting[rid]
+                req.jumps = self._jump_forward and req.params.logprobs is None  # a chunk has one row of logits
                 refused += _admit(scheduler, req, spec, work)
         return refused
+
+    def masked(self, plan: Plan, vocab: int) -> tuple[I32 | None, list[Chunk]]:
+        """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar, None if no row needs it; and
+        the last chunks of requests whose grammar can go no further. All earlier plans are applied."""
+        chosen = {row: (req, matcher) for row, req, matcher in plan.choosing()}
+        if not chosen:
+            return None, []
+        mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
+        failed: list[Chunk] = []
+        for row, error in self._compiler.fill([(row, matcher) for row, (_, matcher) in chosen.items()], mask):
+            req = chosen[row][0]
+            assert req.params.grammar is not None
+            mask[row] = -1
+            failed.append(_refusal(req.rid, req.params.grammar, error))
+        return mask, failed
 
 
 def _admit(scheduler: Scheduler, req: Request, spec: GrammarSpec, work: Future[Grammar]) -> list[Chunk]:
@@ -71,18 +88,3 @@ def _admit(scheduler: Scheduler, req: Request, spec: GrammarSpec, work: Future[G
 
 def _refusal(rid: str, spec: GrammarSpec, error: GrammarError) -> Chunk:
     return Chunk(rid=rid, tokens=[], finish="error", error=f"{spec.field} cannot be used: {error}", param=spec.field)
-
-
-def masked(plan: Plan, vocab: int) -> tuple[I32, list[Chunk]]:
-    """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar; and the last chunks of requests
-    whose grammar can go no further. All earlier plans are applied."""
-    mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
-    failed: list[Chunk] = []
-    for row, req, matcher in plan.choosing():
-        try:
-            matcher.fill(mask[row])
-        except GrammarError as error:
-            assert req.params.grammar is not None
-            mask[row] = -1
-            failed.append(_refusal(req.rid, req.params.grammar, error))
-    return mask, failed

@@ -97,6 +97,7 @@ class Stats(msgspec.Struct, tag=True):
     step_seconds: float = 0.0  # total wall time of steps
     host_seconds: float = 0.0  # the share of it that was not kernels
     grammar_seconds: float = 0.0  # spent on masks
+    jumped_tokens: int = 0  # forced by grammars and not sampled
 
 
 ToEngine = Submit | Abort | FlushCache

@@ -83,12 +83,14 @@ class Engine:
     def _take(self, chunk: Chunk, completion: Completion, text: Detokenizer) -> None:
         if completion.finish is not None:  # a stop string ended it; the engine's last words come too late
             return
-        completion.tokens += chunk.tokens
-        completion.logprobs += chunk.logprobs or []
         completion.cached_tokens = chunk.cached_tokens
         completion.error = chunk.error
         visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
-        completion.text += text.push(visible)
+        more, used = text.take(visible)
+        completion.text += more
+        count = used if text.stopped else len(chunk.tokens)
+        completion.tokens += chunk.tokens[:count]
+        completion.logprobs += (chunk.logprobs or [])[:count]
         if text.stopped:
             completion.finish = "stop"
             self.core.abort(chunk.rid)

@@ -1,8 +1,8 @@
 """Grammars through llguidance, which is imported by the first request that needs it.
 
 Limits: a source has MAX_SOURCE bytes at most, the library's own fuel bounds the work and the memory of what it makes of
-it, and a compilation that takes longer than LIMIT_SECONDS is refused. The library cannot be interrupted, so that one
-still runs to its end on its thread; its result is kept for whoever asks again.
+it, and what is not compiled LIMIT_SECONDS after it was asked for is refused. The library cannot be interrupted, so what
+was begun runs to its end on its thread. Large sources have a thread of their own: a flood of them delays no small one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,9 +20,14 @@ from typing import Any
 import numpy as np
 
 from polyradix.backend.batch import I32
-from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Vocabulary
+from polyradix.grammar.exact import Exact
+from polyradix.grammar.spec import Grammar, GrammarError, GrammarSpec, Matcher, Vocabulary
+from polyradix.grammar.tags import lark
 
 LIMIT_SECONDS = 0.8
+SMALL = 4096  # bytes
+QUEUE = 32  # grammars that wait for one thread
+MASK_THREADS = 8
 CACHED = 64  # grammars; the largest lexers have some 2 kB a state
 MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
 LIMITS = {
@@ -32,7 +37,13 @@ LIMITS = {
     "verbose_errors": False,
 }
 # One spelling of JSON: keys are then forced whole, and a model cannot write white space without end.
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "coerce_one_of": False}
+JSON_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": False,
+    "lenient": False,
+}
 
 
 class LlgCompiler:
@@ -41,9 +52,13 @@ class LlgCompiler:
 
     def __init__(self, load: Callable[[], Vocabulary], vocab: int, eos: frozenset[int] = frozenset()) -> None:
         self._load, self._vocab, self._eos = load, vocab, eos
-        self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "grammar")
+        self._lanes = [ThreadPoolExecutor(1, f"grammar-{size}") for size in ("small", "large")]
+        self._fillers = ThreadPoolExecutor(min(MASK_THREADS, os.cpu_count() or 1), "mask")
+        self._pending: list[tuple[Future[Grammar], float, bool]] = []  # since when, and whether in the large lane
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
+        self._ready: float | None = None  # since when there is a tokenizer
+        self._specials: dict[str, int] = {}
         self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
 
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
@@ -51,44 +66,88 @@ class LlgCompiler:
         with self._lock:
             work = self._cache.get(key)
             if work is None or _worn(work):
-                work = self._cache[key] = Future()
-                self._pool.submit(self._run, spec, work)
+                work = Future()
+                lane = len(spec.source) > SMALL
+                if sum(large == lane and not waiting.done() for waiting, _, large in self._pending) >= QUEUE:
+                    work.set_exception(GrammarError("too many others wait to be compiled; try again"))
+                    return work
+                self._cache[key] = work
+                self._pending.append((work, time.monotonic(), lane))
+                self._lanes[lane].submit(self._run, spec, work)
             self._cache.move_to_end(key)
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
         return work
 
+    def expire(self) -> None:
+        with self._lock:
+            self._pending = [entry for entry in self._pending if not entry[0].done()]
+            if self._ready is not None:
+                now = time.monotonic()
+                for work, since, _ in self._pending:
+                    if now - max(since, self._ready) > LIMIT_SECONDS:
+                        late = f"compiling it, or waiting for others, took longer than {LIMIT_SECONDS} s; simplify it"
+                        _set(work, GrammarError(late))
+
+    def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
+        """Matchers that share a lexer wait for each other, so each lexer's are filled in turn."""
+        groups: dict[int, list[tuple[int, Matcher]]] = {}
+        for row, matcher in rows:
+            groups.setdefault(matcher.lexer if isinstance(matcher, _Matcher) else id(matcher), []).append(
+                (row, matcher)
+            )
+        each = partial(_fill, mask=mask)
+        parts = self._fillers.map(each, groups.values()) if len(groups) > 1 else map(each, groups.values())
+        return [failed for part in parts for failed in part]
+
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for lane in (*self._lanes, self._fillers):
+            lane.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, spec: GrammarSpec, work: Future[Grammar]) -> None:
-        """The time limit is a timer's, as the library cannot be stopped."""
+        """What comes too late is for whoever asks again; what nobody waits for any more is not begun."""
         try:
             tokenizer = self._made()
         except Exception as error:  # whatever a tokenizer's files or the library may raise
             _set(work, GrammarError(f"this model's tokenizer cannot be used with grammars: {error}"))
             return
-        late = GrammarError(f"compiling it took longer than {LIMIT_SECONDS} s; simplify it")
-        timer = threading.Timer(LIMIT_SECONDS, _set, (work, late))
-        timer.daemon = True
-        timer.start()
-        begin = time.perf_counter()
+        key = spec.kind, spec.source
+        if work.done():
+            with self._lock:
+                if self._cache.get(key) is work:
+                    del self._cache[key]
+            return
         try:
-            grammar: Grammar | GrammarError = _Compiled(tokenizer, spec)
+            grammar: Grammar | GrammarError = _Compiled(tokenizer, spec, self._specials)
         except GrammarError as error:
             grammar = error
-        timer.cancel()
-        if not _set(work, grammar) and time.perf_counter() - begin > LIMIT_SECONDS and isinstance(grammar, _Compiled):
+        if not _set(work, grammar):
             done: Future[Grammar] = Future()
-            done.set_result(grammar)
+            _set(done, grammar)
             with self._lock:
-                self._cache[spec.kind, spec.source] = done
+                self._cache[key] = done
 
     def _made(self) -> Any:
         with self._making:
             if self._tokenizer is None:
-                self._tokenizer = _tokenizer(self._load(), self._vocab, self._eos)
+                words = self._load()
+                names = {
+                    words.token_bytes(i).decode("utf-8", "replace"): i for i in words.special_ids if i < self._vocab
+                }
+                self._specials = {name: i for name, i in names.items() if name}
+                self._tokenizer = _tokenizer(words, self._vocab, self._eos)
+                self._ready = time.monotonic()
             return self._tokenizer
+
+
+def _fill(rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
+    failed = []
+    for row, matcher in rows:
+        try:
+            matcher.fill(mask[row])
+        except GrammarError as error:
+            failed.append((row, error))
+    return failed
 
 
 def _worn(work: Future[Grammar]) -> bool:
@@ -122,17 +181,18 @@ def _tokenizer(words: Vocabulary, vocab: int, eos: frozenset[int]) -> Any:
             self.special_token_ids = sorted(i for i in {*words.special_ids, *ends} if i < vocab)
 
         def __call__(self, text: str | bytes) -> list[int]:
-            return words.encode(text if isinstance(text, str) else text.decode(), add_special=False)
+            return encode(text if isinstance(text, str) else text.decode())
 
+    encode = Exact(words)
     return LLTokenizer(TokenizerWrapper(Words()), n_vocab=vocab, eos_token=ends)
 
 
 class _Compiled:
-    def __init__(self, tokenizer: Any, spec: GrammarSpec) -> None:
+    def __init__(self, tokenizer: Any, spec: GrammarSpec, specials: dict[str, int]) -> None:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            source = _source(spec)
+            source = _source(spec, specials)
         except GrammarError:
             raise
         except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
@@ -160,6 +220,10 @@ class _Matcher:
         self._inner, self._shared = inner, shared
         self._taken: list[int] = []
 
+    @property
+    def lexer(self) -> int:
+        return id(self._shared or self)
+
     def fill(self, row: I32) -> None:
         if not row.flags.c_contiguous or row.dtype != np.int32:
             raise ValueError(f"row is {row.dtype}; expected contiguous int32")
@@ -183,7 +247,7 @@ class _Matcher:
         return list(self._inner.compute_ff_tokens())
 
 
-def _source(spec: GrammarSpec) -> str:
+def _source(spec: GrammarSpec, specials: dict[str, int]) -> str:
     from llguidance import LLMatcher
     from llguidance.gbnf_to_lark import any_to_lark
 
@@ -195,6 +259,8 @@ def _source(spec: GrammarSpec) -> str:
         return str(LLMatcher.grammar_from_regex(spec.source))
     if spec.kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(any_to_lark(spec.source)))
+    if spec.kind == "structural_tag":
+        return str(LLMatcher.grammar_from_lark(lark(spec.source, specials, JSON_FORM)))
     choices = json.loads(spec.source)
     if not choices or not all(isinstance(c, str) and c for c in choices):
         raise GrammarError("a list of strings, at least one and none empty, is expected")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Literal, Protocol
 
@@ -10,7 +10,7 @@ import msgspec
 
 from polyradix.backend.batch import I32
 
-Kind = Literal["json_schema", "json_object", "regex", "ebnf", "choice"]
+Kind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
 MAX_SOURCE = 64 * 1024  # bytes
 
 
@@ -20,7 +20,8 @@ class GrammarError(ValueError):
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`source` is a JSON schema as text, a regular expression that the whole output matches, a grammar (Lark, or GBNF
-    with `::=`), or a JSON list of strings for `choice`; "" for `json_object`. `field` names it in errors."""
+    with `::=`), a JSON list of strings for `choice`, "" for `json_object`, and for `structural_tag` what
+    grammar/tags.py says. `field` names it in errors."""
 
     kind: Kind
     source: str = ""
@@ -66,4 +67,10 @@ class Vocabulary(Protocol):
 
 class Compiler(Protocol):
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
-        """At once; the future has the grammar, or a GrammarError, in LIMIT_SECONDS of work or little more."""
+        """At once; the future has the grammar, or a GrammarError."""
+
+    def expire(self) -> None:
+        """Refuse what takes too long. To be called often."""
+
+    def fill(self, rows: Sequence[tuple[int, Matcher]], mask: I32) -> list[tuple[int, GrammarError]]:
+        """`Matcher.fill` of these rows of a contiguous mask i32[S, ceil(V/32)], on several threads. Which failed."""

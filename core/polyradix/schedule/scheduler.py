@@ -22,6 +22,7 @@ from polyradix.backend.batch import F32, I32
 from polyradix.cache.pool import PagePool
 from polyradix.cache.radix import EvictionPolicy, Match, Node, RadixCache
 from polyradix.schedule.estimate import Estimate
+from polyradix.schedule.jump import begin, forced
 from polyradix.schedule.params import InvalidParam
 from polyradix.schedule.plan import Finish, Output, Plan, RowTable, TokenLogProbs
 from polyradix.schedule.queue import OUTPUT_WEIGHT, Policy, WaitingQueue
@@ -65,6 +66,7 @@ class Scheduler:
         self.retracted = 0  # totals
         self.prompt_tokens = 0
         self.cached_tokens = 0
+        self.jumped_tokens = 0
         self._pool = PagePool(config.pages)
         self._tree = RadixCache(config.page_size, config.eviction)
         self._table = RowTable(config.max_seqs, -(-config.max_context // config.page_size), config.page_size)
@@ -100,6 +102,7 @@ class Scheduler:
         self._arrivals += 1
         req.arrival = self._arrivals
         self._known[req.rid] = req
+        self.jumped_tokens += begin(req)
         self._queue.add(req)
 
     def abort(self, rid: str) -> bool:
@@ -161,6 +164,9 @@ class Scheduler:
         for req in [req for req in self._filling if req.stored >= len(req.fed)]:
             self._filling.remove(req)
             self._share(req, req.fed)
+        for o in out:
+            if self._known[o.rid].jumps and o.finish is None:
+                self._jump(self._known[o.rid], o)
         for req in [self._known[o.rid] for o in out if o.finish]:
             del self._known[req.rid]
             self._leave(req)
@@ -359,9 +365,9 @@ class Scheduler:
         self._prefilling.append(req)
         self._filling.append(req)
         if not req.admitted:
-            req.admitted, req.cached_tokens = True, found.length
+            req.admitted, req.cached_tokens = True, min(found.length, len(req.prompt))
             self.prompt_tokens += len(req.prompt)
-            self.cached_tokens += found.length
+            self.cached_tokens += req.cached_tokens
             self._queue.charge(req, len(req.prompt) - found.length)
         return True
 
@@ -388,6 +394,13 @@ class Scheduler:
         return self._pool.alloc(n)
 
     def _accept(self, req: Request, token: int, row: int, logprobs: LogProbArrays | None) -> Output:
+        finish, stop = self._append(req, token)
+        details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
+        tokens, req.ahead = [*req.ahead, token], []
+        return Output(req.rid, tokens, finish, stop, len(req.prompt), req.cached_tokens, details)
+
+    def _append(self, req: Request, token: int) -> tuple[Finish | None, int | None]:
+        """Why it ends with this token, if it does, and the stop token."""
         req.outputs.append(token)
         if self.config.fair:
             self._queue.charge(req, OUTPUT_WEIGHT)
@@ -398,8 +411,32 @@ class Scheduler:
         elif req.prompt_tokens + len(req.outputs) >= req.limit:
             finish = "length"
         req.finished = finish is not None
-        details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
-        return Output(req.rid, [token], finish, stop, req.prompt_tokens, req.cached_tokens, details)
+        return finish, stop
+
+    def _jump(self, req: Request, out: Output) -> None:
+        """Append what the grammar forces after the token just taken; one chunk of prefill will compute it. Not where
+        that saves no step, as a step with the newest token may be in flight already, or where pages are short."""
+        known = len(req.prompt) + len(req.outputs)
+        in_flight = int(self._table.computed[req.slot]) - known + 1
+        tokens = forced(req, req.limit - known)
+        if in_flight > 1 or len(tokens) <= in_flight:
+            return
+        want = -(-(known + len(tokens)) // self.config.page_size) - len(req.pages)
+        pages = self._take(max(0, want), keep=self.running)
+        if pages is None:
+            return
+        req.pages += pages
+        self._table.set_pages(req)
+        for token in tokens:
+            out.tokens.append(token)
+            out.finish, _ = self._append(req, token)
+            if out.finish:
+                break
+        req.feed(req.tokens())
+        self._decoding.remove(req)
+        self._prefilling.insert(0, req)
+        self._stale = True
+        self.jumped_tokens += len(req.fed) - known
 
     def _share(self, req: Request, tokens: I32) -> None:
         """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on

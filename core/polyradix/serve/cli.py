@@ -130,6 +130,8 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
     text = "do not reuse prefixes across requests"
     p.add_argument("--no-radix", "--disable-radix-cache", dest="radix", action="store_false", help=text)
+    text = "sample tokens that a grammar forces one by one"
+    p.add_argument("--no-jump-forward", dest="jump_forward", action="store_false", help=text)
     text = "an option of the backend, which its guide under docs/ names; may be repeated"
     option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
     p.add_argument("--option", dest="backend_options", help=text, **option)

@@ -76,10 +76,12 @@ class Choice:
         """Raises ApiError if the engine gave up on it."""
         if chunk.finish in ("error", "abort"):
             raise _engine_error(chunk)
-        self.output_tokens += len(chunk.tokens)
         self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
         visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
-        text = self._detokenizer.push(visible)
+        text, used = self._detokenizer.take(visible)
+        if self._detokenizer.stopped:
+            visible = chunk.tokens = chunk.tokens[:used]
+        self.output_tokens += len(chunk.tokens)
         if chunk.finish is not None and not self._detokenizer.stopped:
             text += self._detokenizer.finish()
         if self._detokenizer.stopped:

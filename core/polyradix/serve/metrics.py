@@ -26,6 +26,7 @@ _COUNTERS = {
     "step_seconds": "Wall time of engine steps",
     "host_seconds": "Wall time of engine steps not spent in kernels",
     "grammar_seconds": "Time spent on the masks of structured outputs",
+    "jumped_tokens": "Output tokens that a grammar forced, appended without sampling",
 }
 _GAUGES = {
     "running": "Requests running",

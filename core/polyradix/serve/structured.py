@@ -8,8 +8,8 @@ from typing import Any
 from polyradix.grammar.spec import GrammarSpec
 from polyradix.serve.errors import field_error
 
-KINDS = ("text", "json_object", "json_schema", "regex", "grammar")
-EXTRAS = ("json", "regex", "choice", "grammar", "json_object")
+KINDS = ("text", "json_object", "json_schema", "regex", "grammar", "structural_tag")
+EXTRAS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 def grammar(response_format: object, structured_outputs: object) -> GrammarSpec | None:
@@ -34,6 +34,8 @@ def _format(value: Any) -> GrammarSpec | None:
         return GrammarSpec(kind="json_object", field="response_format")
     if kind == "json_schema":
         return _schema(_member(value, "json_schema", dict, "response_format"), "schema", "response_format.json_schema")
+    if kind == "structural_tag":
+        return _tags(value, "response_format")
     source = _member(value, kind, str, "response_format")
     return GrammarSpec(kind="regex" if kind == "regex" else "ebnf", source=source, field=f"response_format.{kind}")
 
@@ -57,8 +59,22 @@ def _extras(value: Any) -> GrammarSpec | None:
         return GrammarSpec(kind="json_object", field=field)
     if name == "choice":
         return GrammarSpec(kind="choice", source=json.dumps(_member(value, name, list, where)), field=field)
+    if name == "structural_tag":
+        return _tags(value[name], field)
     source = _member(value, name, str, where)
     return GrammarSpec(kind="regex" if name == "regex" else "ebnf", source=source, field=field)
+
+
+def _tags(value: Any, field: str) -> GrammarSpec:
+    """An object, or the text of one as vLLM wants it; its `type` says nothing new."""
+    try:
+        tags = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        tags = None
+    if not isinstance(tags, dict):
+        raise field_error(field, value, "an object with structures and triggers")
+    tags = {name: part for name, part in tags.items() if name != "type"}
+    return GrammarSpec(kind="structural_tag", source=json.dumps(tags), field=field)
 
 
 def _schema(value: dict[str, Any], name: str, where: str) -> GrammarSpec:

@@ -48,8 +48,11 @@ class Traffic(RuleBasedStateMachine):
         logprobs=st.sampled_from([None, None, 0, 2]),
         priority=st.integers(-1, 2),
         tenant=st.sampled_from(["", "x", "y"]),
+        forcing=st.booleans(),
     )
-    def add(self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs, priority=0, tenant="") -> None:
+    def add(
+        self, stem, length, tail, max_tokens, seed, namespace, stops, logprobs, forcing, priority=0, tenant=""
+    ) -> None:
         room = min(self.device.limit - 1, self.device.config.max_context - 1)
         prompt = ((stem[:length] + tail) or [5])[:room]
         rid = str(len(self.requests))
@@ -61,6 +64,8 @@ class Traffic(RuleBasedStateMachine):
             namespace,
             priority,
             tenant,
+            forcing,
+            logprobs is None,
             stop_token_ids=tuple(stops),
             logprobs=logprobs,
         )
@@ -71,7 +76,7 @@ class Traffic(RuleBasedStateMachine):
         rids = [rid for rid in self.device.finish if rid not in self.aborted]
         if rids:
             old = self.requests[rids[pick % len(rids)]]
-            self.add([*old.prompt.tolist(), *old.outputs, 7, 8], 99, [], 3, old.seed, old.namespace, [], None)
+            self.add([*old.prompt.tolist(), *old.outputs, 7, 8], 99, [], 3, old.seed, old.namespace, [], None, False)
 
     @precondition(lambda self: len(self.device.flights) < self.depth)
     @rule()

@@ -8,6 +8,7 @@ and is also reported on the spot.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,12 +26,51 @@ def next_token(seed: int, tokens: np.ndarray) -> int:
     return zlib.crc32(np.asarray(tokens, "<i4").tobytes(), zlib.crc32(str((seed, len(tokens))).encode())) % VOCAB
 
 
+class Forcing:
+    """A grammar that forces runs of tokens, and ends, by a hash of the seed and all tokens before. Between the runs it
+    allows everything."""
+
+    def __init__(self, seed: int, taken: Sequence[int] = ()) -> None:
+        self.seed, self.taken = seed, list[int]()
+        self.run = self._roll()
+        for token in taken:
+            self.accept(token)
+
+    def _hash(self) -> int:
+        return zlib.crc32(str((self.seed, self.taken)).encode())
+
+    def _roll(self) -> list[int]:
+        h = self._hash()
+        return [(h >> i) % VOCAB for i in range(h % 8)] if h % 3 == 0 else []
+
+    def fill(self, row: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def accept(self, token: int) -> bool:
+        assert not self.run or token == self.run.pop(0), "not the token that is forced"
+        self.taken.append(token)
+        self.run = self.run or self._roll()
+        return self._hash() % 19 == 0
+
+    def forced(self) -> list[int]:
+        return list(self.run)
+
+
+def choose(req: Request, tokens: np.ndarray) -> int:
+    """The token after `tokens`, prompt and outputs so far: what the grammar forces, or else next_token."""
+    forced = Forcing(req.seed, tokens[len(req.prompt) :].tolist()).forced() if req.matcher is not None else []
+    return forced[0] if forced else next_token(req.seed, tokens)
+
+
 def expected(req: Request, limit: int) -> tuple[list[int], str]:
     """What a request must produce, and why it must end. `limit`: prompt and outputs together end here."""
     tokens, n = list(req.prompt), len(req.prompt)
+    grammar = None if req.matcher is None else Forcing(req.seed)
     while True:
-        tokens.append(next_token(req.seed, np.array(tokens, np.int32)))
+        tokens.append(choose(req, np.array(tokens, np.int32)))
         if tokens[-1] in req.stops:
+            return tokens[n:], "stop"
+        if grammar is not None and grammar.accept(tokens[-1]):
             return tokens[n:], "stop"
         if len(tokens) >= min(limit, n + req.params.max_tokens):
             return tokens[n:], "length"
@@ -72,6 +112,8 @@ class FakeDevice:
         namespace: str = "",
         priority: int = 0,
         tenant: str = "",
+        forcing: bool = False,
+        jumps: bool = False,
         **params: object,
     ) -> Request:
         req = Request(
@@ -83,6 +125,8 @@ class FakeDevice:
             priority=priority,
             tenant=tenant,
         )
+        if forcing:
+            req.matcher, req.jumps = Forcing(seed), jumps
         self.scheduler.add(req)
         self.truth[rid] = np.array(prompt + expected(req, self.limit)[0], np.int32)
         self.outputs[rid] = []
@@ -133,8 +177,10 @@ class FakeDevice:
         assert self.outputs[req.rid] == tokens
         assert self.finish[req.rid] == finish
         out = self.out[req.rid]
-        assert out.stop_token == (tokens[-1] if finish == "stop" else None)
+        assert out.stop_token == (tokens[-1] if tokens[-1] in req.stops else None)
         assert out.prompt_tokens == len(req.prompt)
+        if req.jumps and out.cached_tokens == len(req.prompt):
+            return  # what is forced from the start was computed instead of the last of the prompt
         assert 0 <= out.cached_tokens < len(req.prompt)
         assert out.cached_tokens % self.config.page_size == 0
 
@@ -214,7 +260,8 @@ class FakeDevice:
         own = min(n, len(truth))  # a late row of a finished request goes one beyond the truth
         assert (held[:own] == truth[:own]).all(), f"{req.rid} reads tokens that are not its own"
         assert n <= len(truth) + len(self.flights)
-        return next_token(int(plan.sample.seed[s]), held)
+        assert plan.sample.seed[s] == req.seed
+        return choose(req, held)
 
     def _logprobs(self, flight: Flight) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Log-probabilities that name what they belong to: chosen = -token, ids = token + k, values = -k."""

