@@ -13,48 +13,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from polyradix.backend.batch import F32, I32
 from polyradix.cache.pool import PagePool
-from polyradix.cache.radix import EvictionPolicy, Match, Node, RadixCache
+from polyradix.cache.radix import Match, Node, RadixCache
+from polyradix.schedule.config import SchedulerConfig as SchedulerConfig
 from polyradix.schedule.estimate import Estimate
 from polyradix.schedule.jump import begin, forced
 from polyradix.schedule.params import InvalidParam
 from polyradix.schedule.plan import Finish, Output, Plan, RowTable, TokenLogProbs
-from polyradix.schedule.queue import OUTPUT_WEIGHT, Policy, WaitingQueue
+from polyradix.schedule.queue import OUTPUT_WEIGHT, WaitingQueue
 from polyradix.schedule.request import Request
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    """`pages` includes scratch page 0. `max_tokens` is one step's budget, and `chunk` that of its prefill alone;
-    `max_context` counts prompt and outputs. `conservativeness` scales how many pages are left for outputs to come."""
-
-    page_size: int
-    pages: int
-    max_tokens: int
-    max_seqs: int
-    max_context: int
-    policy: Policy = "lpm"
-    radix: bool = True
-    eviction: EvictionPolicy = "lru"
-    fair: bool = False
-    chunk: int | None = None
-    conservativeness: float = 1.0
-
-    def __post_init__(self) -> None:
-        least = {"page_size": 1, "pages": 2, "max_seqs": 1, "max_tokens": self.max_seqs, "max_context": 2}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                why = " (max_seqs: every running request may decode)" if name == "max_tokens" else ""
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {low}{why}")
-        if self.policy not in get_args(Policy):
-            raise ValueError(f"policy is {self.policy!r}; expected one of {', '.join(get_args(Policy))}")
-
 
 LogProbArrays = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
 

@@ -96,9 +96,11 @@ def test_a_more_important_prefill_overtakes_one_under_way():
 def test_under_memory_pressure_the_least_important_yields():
     d = device(pages=9, max_tokens=64)
     requests = [d.add(rid, [i] * 7, max_tokens=24, priority=p) for i, (rid, p) in enumerate([("a", 1), ("b", 0)])]
+    while d.scheduler.retracted == 0:
+        running = rids(d.step())
+    assert running == ["b"]
     d.drain(2)
-    assert d.scheduler.retracted > 0
-    assert list(d.finish) == ["b", "a"]
+    assert (d.scheduler.retracted, list(d.finish)) == (1, ["b", "a"])
     for req in requests:
         d.verify(req)
 
@@ -191,3 +193,58 @@ def test_the_queue_is_blocked_only_for_want_of_rows_or_pages():
     assert d.scheduler.blocked
     d.drain()
     assert not d.scheduler.blocked
+
+
+@pytest.mark.parametrize("heavy", [{"prompt": 24, "max_tokens": 1}, {"prompt": 1, "max_tokens": 12}])
+def test_prompts_and_outputs_both_count_as_service(heavy):
+    d = device(policy="fcfs", max_seqs=1, fair=True, radix=False)
+    for i in range(12):
+        d.add(f"heavy{i}", [1] * heavy["prompt"], max_tokens=heavy["max_tokens"], tenant="heavy")
+        d.add(f"light{i}", [2], max_tokens=1, tenant="light")
+    while len(d.finish) < 9:
+        d.step()
+    assert sum(rid.startswith("light") for rid in d.finish) >= 7
+
+
+def test_cached_prompt_tokens_are_no_service():
+    d = device(policy="fcfs", max_seqs=1, fair=True)
+    d.add("warm", list(range(40)), max_tokens=1, tenant="other")
+    d.drain()
+    for i in range(3):
+        d.add(f"hit{i}", [*range(40), 50 + i], max_tokens=1, tenant="hits")
+    d.add("small", [60] * 8, max_tokens=1, tenant="small")
+    d.add("next", [61] * 8, max_tokens=1, tenant="small")
+    d.drain()
+    assert list(d.finish)[1:] == ["hit0", "small", "hit1", "hit2", "next"]
+
+
+@pytest.mark.parametrize("changes", [{"policy": "lpm"}, {"policy": "fcfs", "fair": True}])
+def test_who_was_retracted_goes_before_those_that_never_ran(changes):
+    d = device(pages=11, max_tokens=64, **changes)  # 40 tokens
+    requests = [d.add(rid, [i] * 7, max_tokens=24, seed=i, tenant="busy") for i, rid in enumerate("ab")]
+    while d.scheduler.retracted == 0:
+        d.step()
+    requests.append(d.add("new", [0] * 9, max_tokens=1, tenant="idle"))  # with a prefix in the cache
+    seen: list[str] = []
+    while d.scheduler.has_work:
+        seen += rids(d.step())
+    assert seen.index("b") < seen.index("new")
+    for req in requests:
+        d.verify(req)
+
+
+@pytest.mark.parametrize("policy", ["lfu", "priority"])
+def test_requests_tell_the_cache_what_they_use_and_how_much_it_matters(policy):
+    """Two prefixes fill the cache. The older is used again, or by a more important request; the newer goes first."""
+    d = device(pages=9, eviction=policy)  # 32 tokens
+    d.add("old", [1] * 8, max_tokens=1, priority=2)
+    d.drain()
+    d.add("again", [1] * 9, max_tokens=1, priority=0)
+    d.drain()
+    d.add("newer", [2] * 9, max_tokens=1, priority=1)
+    d.drain()
+    d.add("big", [3] * 20, max_tokens=1)
+    d.drain()
+    d.add("check", [1] * 9, max_tokens=1)
+    d.drain()
+    assert d.out["check"].cached_tokens == 8
