@@ -66,12 +66,15 @@ def _refusal(rid: str, spec: GrammarSpec, error: GrammarError) -> Chunk:
     return Chunk(rid=rid, tokens=[], finish="error", error=f"{spec.field} cannot be used: {error}", param=spec.field)
 
 
-def masked(plan: Plan, vocab: int) -> tuple[I32, list[Chunk]]:
-    """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar; and the last chunks of requests
-    whose grammar can go no further. All earlier plans are applied."""
+def masked(plan: Plan, vocab: int) -> tuple[I32 | None, list[Chunk]]:
+    """The mask of a plan, i32[S, ceil(vocab/32)], all ones for rows without a grammar, None if all are; and the last
+    chunks of requests whose grammar can go no further. All earlier plans are applied."""
+    choosing = plan.choosing()
+    if not choosing:
+        return None, []
     mask = np.full((len(plan.rows), -(-vocab // 32)), -1, np.int32)
     failed: list[Chunk] = []
-    for row, req, matcher in plan.choosing():
+    for row, req, matcher in choosing:
         try:
             matcher.fill(mask[row])
         except GrammarError as error:

@@ -29,6 +29,7 @@ class Request:
         self.seed = seed
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
+        self.forced = 0  # outputs at the start that are really prompt: no stop token counts among them
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 

@@ -312,7 +312,7 @@ class Scheduler:
         req.outputs.append(token)
         n = len(req.prompt)
         finish: Finish | None = None
-        stop = token if token in req.stops else None
+        stop = token if token in req.stops and len(req.outputs) > req.forced else None
         if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
         elif n + len(req.outputs) >= req.limit:
