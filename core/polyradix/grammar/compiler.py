@@ -44,10 +44,10 @@ class LlgCompiler:
         self._pool = ThreadPoolExecutor(min(2, os.cpu_count() or 1), "grammar")
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
-        self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], Future[Grammar]] = OrderedDict()
 
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
-        key = spec.kind, spec.source
+        key = spec.kind, spec.source, spec.frame
         with self._lock:
             work = self._cache.get(key)
             if work is None or _worn(work):
@@ -82,7 +82,7 @@ class LlgCompiler:
             done: Future[Grammar] = Future()
             done.set_result(grammar)
             with self._lock:
-                self._cache[spec.kind, spec.source] = done
+                self._cache[spec.kind, spec.source, spec.frame] = done
 
     def _made(self) -> Any:
         with self._making:
@@ -132,7 +132,7 @@ class _Compiled:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            source = _source(spec)
+            source = _framed(_source(spec), spec.frame)
         except GrammarError:
             raise
         except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
@@ -193,12 +193,22 @@ def _source(spec: GrammarSpec) -> str:
         return str(LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_FORM))
     if spec.kind == "regex":
         return str(LLMatcher.grammar_from_regex(spec.source))
+    if spec.kind == "lark":
+        return spec.source
     if spec.kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(any_to_lark(spec.source)))
     choices = json.loads(spec.source)
     if not choices or not all(isinstance(c, str) and c for c in choices):
         raise GrammarError("a list of strings, at least one and none empty, is expected")
     return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in dict.fromkeys(choices))))
+
+
+def _framed(source: str, frame: str) -> str:
+    """The library's JSON of two grammars: the frame, and what it calls @body."""
+    if not frame:
+        return source
+    body = json.loads(source)["grammars"][0] if source.startswith('{"grammars"') else {"lark_grammar": source}
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": frame}, body | {"name": "body"}]})
 
 
 def _short(reason: str) -> str:
