@@ -148,15 +148,16 @@ def test_several_calls_and_one(serve: Any, stream: bool) -> None:
 
 
 def test_streams_never_show_half_a_mark(serve: Any) -> None:
-    live = serve('Wait <tool or <tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>', "hermes", step=0.005)
+    live = serve('Wait <b> <tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>', "hermes", step=0.005)
     chunks = list(
         live.client.chat.completions.create(model="fake", messages=HELLO, tools=[NOW], stream=True, temperature=0)
     )
     text = ""
     for chunk in chunks:
         text += chunk.choices[0].delta.content or ""
-        assert not re.search(r"<tool_|<tool$|<to$|<$| $", text)
-    assert text == "Wait <tool or"
+        assert "<t" not in text
+        assert not text.endswith((" ", "> <"))
+    assert text == "Wait <b>"
     arguments = [c.function.arguments for chunk in chunks for c in chunk.choices[0].delta.tool_calls or []]
     assert len([a for a in arguments if a]) > 1
     assert "".join(arguments) == '{"a": 1}'
