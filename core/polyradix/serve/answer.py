@@ -65,11 +65,17 @@ async def _hang_up(receive: Receive) -> None:
 
 
 class Form(Protocol):
-    """The shape of an answer: `piece` is one stream event (None: nothing to say), and `whole` the full body."""
+    """The shape of an answer: `piece` is one stream event (a list: several; None: nothing to say), and `whole` the full
+    body. An event that is a dict has its name in `type`."""
 
-    def piece(self, choice: Choice, piece: Piece) -> msgspec.Struct | None: ...
-    def whole(self, run: Generation, pieces: list[list[Piece]]) -> msgspec.Struct: ...
-    def last(self, run: Generation) -> msgspec.Struct | None: ...  # the stream's closing event
+    closing: bytes = b"data: [DONE]\n\n"
+
+    def piece(self, choice: Choice, piece: Piece) -> object: ...
+    def whole(self, run: Generation, pieces: list[list[Piece]]) -> object: ...
+    def last(self, run: Generation) -> object: ...  # the stream's closing event
+    def failure(self, error: ApiError) -> bytes:
+        """What ends a stream that broke."""
+        return b"data: " + error.body() + b"\n\n"
 
 
 def answer(run: Generation, form: Form, stream: bool) -> Answer:
@@ -95,22 +101,26 @@ async def _stream(run: Generation, form: Form, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             while pieces:
-                events = [_event(e) for choice, piece in pieces if (e := form.piece(choice, piece)) is not None]
+                events = b"".join(_events(form.piece(choice, piece)) for choice, piece in pieces)
                 if events:
-                    await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
                 pieces = await run.next()
-            last = form.last(run)
-            end = (b"" if last is None else _event(last)) + b"data: [DONE]\n\n"
+            end = _events(form.last(run)) + form.closing
         except ApiError as error:
-            end = b"data: " + error.body() + b"\n\n"
+            end = form.failure(error)
     await send({"type": "http.response.body", "body": end})
 
 
-def _event(value: msgspec.Struct) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+def _events(value: object) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, list):
+        return b"".join(map(_events, value))
+    name = f"event: {value['type']}\n".encode() if isinstance(value, dict) else b""
+    return name + b"data: " + _encode(value) + b"\n\n"
 
 
-class OpenAIForm:
+class OpenAIForm(Form):
     """What chat and completion answers share."""
 
     prefix: str
@@ -253,7 +263,7 @@ class CompletionForm(OpenAIForm):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class GenerateForm:
+class GenerateForm(Form):
     """Token ids out. A stream is one event per step; the last one has the finish reason and the counts."""
 
     def piece(self, choice: Choice, piece: Piece) -> Generated:

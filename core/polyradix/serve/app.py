@@ -21,6 +21,7 @@ from polyradix.serve.client import EngineClient
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
 from polyradix.serve.generation import Choice, Generation, Tokens
 from polyradix.serve.metrics import Metrics
+from polyradix.serve.responses import ResponsesForm, ResponsesRequest, chat_request, field_name, renamed
 from polyradix.serve.tools import Formats, Talk
 
 MAX_BODY = 32 * 2**20  # bytes
@@ -98,6 +99,24 @@ class Server:
 
 
 async def chat(server: Server, body: openai.ChatRequest, started: float) -> Answer:
+    choices = await _chat_choices(server, body)
+    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
+    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+
+
+async def respond(server: Server, body: ResponsesRequest, started: float) -> Answer:
+    try:
+        (choice,) = await _chat_choices(server, chat_request(body))
+    except ApiError as error:
+        raise renamed(error) from None
+    if (spec := choice.params.grammar) is not None:
+        spec = msgspec.structs.replace(spec, field=field_name(spec.field))
+        choice.params = msgspec.structs.replace(choice.params, grammar=spec)
+    form = ResponsesForm(server.name, body)
+    return answer(Generation(server.client, server.metrics, [choice], started), form, bool(body.stream))
+
+
+async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice]:
     openai.refuse(body, openai.REFUSED_CHAT)
     openai.check_common(body, server.name)
     if body.max_completion_tokens is not None:
@@ -112,14 +131,11 @@ async def chat(server: Server, body: openai.ChatRequest, started: float) -> Answ
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error), "messages") from error
     prompt = await server.encode(text, add_special=False)
-    choices = [
-        server.choice(i, prompt, body, "messages", server.context, logprobs, stop, not talk.plain)
-        for i in range(body.n or 1)
-    ]
+    rest = prompt, body, "messages", server.context, logprobs, stop, not talk.plain
+    choices = [server.choice(i, *rest) for i in range(body.n or 1)]
     for choice in choices:
         talk.attach(choice, text)
-    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
-    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+    return choices
 
 
 async def completion(server: Server, body: openai.CompletionRequest, started: float) -> Answer:
@@ -166,6 +182,7 @@ def make_app(server: Server) -> FastAPI:
 def _add_generation(app: FastAPI, server: Server) -> None:
     routes: Sequence[tuple[str, type[BaseModel], Any]] = (
         ("/v1/chat/completions", openai.ChatRequest, chat),
+        ("/v1/responses", ResponsesRequest, respond),
         ("/v1/completions", openai.CompletionRequest, completion),
         ("/generate", openai.GenerateRequest, generate),
     )

@@ -165,7 +165,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         (
             CHAT,
             {"messages": [*HELLO, {"role": "assistant", "tool_calls": [called]}]},
-            f"messages[1].tool_calls[0]{field}",
+            f"messages[1].tool_calls[0].{field}",
         )
         for called, field in (
             ({"type": "function", "function": {"name": "f", "arguments": "{}"}}, "id"),
@@ -175,7 +175,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
             ({"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}, "function.arguments"),
             (
                 {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 10**5}},
-                ".function.arguments",
+                "function.arguments",
             ),
         )
     ],
@@ -317,14 +317,28 @@ FIELDS = [
     "n",
     "stream_options",
     "seed",
+    "tools",
+    "tool_choice",
+    "logit_bias",
+    "min_tokens",
+    "presence_penalty",
+    "echo",
+    "best_of",
+    "input",
+    "text",
+    "reasoning",
+    "instructions",
 ]
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
-@given(path=st.sampled_from([CHAT, TEXT, NATIVE]), body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5))
+@given(
+    path=st.sampled_from([CHAT, TEXT, NATIVE, "/v1/responses"]),
+    body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5),
+)
 def test_never_a_500(live: Any, path: str, body: dict[str, Any]) -> None:
-    text = json.dumps({"prompt": "x", "messages": HELLO, "input_ids": [1]} | body)
+    text = json.dumps({"prompt": "x", "messages": HELLO, "input_ids": [1], "input": "x"} | body)
     response = live.http.post(path, content=text, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400), response.text
