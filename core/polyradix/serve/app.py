@@ -125,7 +125,7 @@ async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice
         body.max_tokens = body.max_completion_tokens
     talk = Talk(server.formats, body)
     logprobs, stop = openai.chat_logprobs(body), openai.stops(body)
-    messages = openai.chat_messages(body, talk.text_arguments)
+    messages = talk.adapted(openai.chat_messages(body))
     try:
         text = server.tokenizer.chat_prompt(messages, **talk.variables | (body.chat_template_kwargs or {}))
     except (ValueError, TypeError) as error:

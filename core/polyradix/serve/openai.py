@@ -162,27 +162,27 @@ def stops(body: OpenAIBody) -> tuple[str, ...]:
     return found
 
 
-def chat_messages(body: ChatRequest, text_arguments: bool = False) -> list[dict[str, Any]]:
-    """For the chat template: text only, `developer` is what `system` is called in newer models. Arguments of calls are
-    objects, or with `text_arguments` JSON text."""
+def chat_messages(body: ChatRequest) -> list[dict[str, Any]]:
+    """For the chat template: text only, `developer` is what `system` is called in newer models, arguments of calls are
+    objects."""
     out: list[dict[str, Any]] = []
     for i, message in enumerate(body.messages):
         refuse(message, REFUSED_MESSAGE, f"messages[{i}].")
         content = message.content
         if content is None and not (message.role == "assistant" and message.tool_calls):
             raise field_error(f"messages[{i}].content", content, "a string, or text parts")
-        text = "".join(part.text for part in content) if isinstance(content, list) else content
+        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
         role = "system" if message.role == "developer" else message.role
         more = {k: v for k in ("name", "tool_call_id", "reasoning_content") if (v := getattr(message, k))}
         out.append({"role": role, "content": text} | more)
         if message.tool_calls:
             field = f"messages[{i}].tool_calls"
-            calls = [_call(call, f"{field}[{j}]", text_arguments) for j, call in enumerate(message.tool_calls)]
+            calls = [_call(call, f"{field}[{j}]") for j, call in enumerate(message.tool_calls)]
             out[-1]["tool_calls"] = calls
     return out
 
 
-def _call(call: ToolCall, field: str, text: bool) -> dict[str, Any]:
+def _call(call: ToolCall, field: str) -> dict[str, Any]:
     given = call.function.arguments
     try:
         arguments = json.loads(given or "{}")
@@ -190,7 +190,7 @@ def _call(call: ToolCall, field: str, text: bool) -> dict[str, Any]:
         arguments = None
     if not isinstance(arguments, dict):
         raise field_error(f"{field}.function.arguments", given, "a JSON object as a string")
-    function = {"name": call.function.name, "arguments": given if text else arguments}
+    function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 

@@ -96,9 +96,10 @@ class Talk:
             out["reasoning_effort"] = effort
         return out
 
-    @property
-    def text_arguments(self) -> bool:
-        return self._formats.tools is not None and self._formats.tools.text_arguments
+    def adapted(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """As the model's template expects them."""
+        form = self._formats.tools
+        return messages if form is None else [form.adapt(message) for message in messages]
 
     @property
     def plain(self) -> bool:

@@ -143,7 +143,7 @@ def test_items_become_messages(serve: Any) -> None:
     assert live.seen[0][0] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "ab"},
-        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": calls},
+        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls},
         {"role": "tool", "content": "noon", "tool_call_id": "1"},
         {"role": "assistant", "content": "Noon."},
     ]

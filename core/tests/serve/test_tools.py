@@ -213,14 +213,27 @@ def test_messages_reach_the_template(serve: Any) -> None:
         {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
         {"role": "assistant", "content": "Rain.", "reasoning_content": "wet"},
     ]
-    for parser, arguments in (("hermes", {"city": "Paris"}), ("deepseek", PARIS)):
+    for parser, arguments, content in (("hermes", {"city": "Paris"}, ""), ("deepseek", PARIS, None)):
         live = serve("ok", parser)
         assert ask(live, False, messages=messages, tools=[WEATHER])[0] == "ok"
         seen = live.tokenizer.seen[0][0]
         function = {"name": "get_weather", "arguments": arguments}
-        assert seen[1] == {"role": "assistant", "content": None, "tool_calls": [call | {"function": function}]}
+        assert seen[1] == {"role": "assistant", "content": content, "tool_calls": [call | {"function": function}]}
         assert seen[2] == {"role": "tool", "content": "rain", "tool_call_id": "call_1"}
         assert seen[3] == {"role": "assistant", "content": "Rain.", "reasoning_content": "wet"}
+
+
+def test_harmony_calls_reasoning_thinking(serve: Any) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    for content, kept in ((None, {"thinking": "wet"}), ("Well.", {})):
+        live = serve("<|channel|>final<|message|>ok", "gpt-oss", "gpt-oss")
+        messages: list[Any] = [
+            *HELLO,
+            {"role": "assistant", "content": content, "reasoning_content": "wet", "tool_calls": [call]},
+        ]
+        assert ask(live, False, messages=messages, tools=[NOW])[0] == "ok"
+        seen = live.tokenizer.seen[0][0][1]
+        assert {k: v for k, v in seen.items() if "think" in k or "reason" in k} == kept
 
 
 def test_reasoning_effort(serve: Any) -> None:

@@ -6,6 +6,7 @@ import secrets
 import string
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from polyradix.serve.parsers.feed import Call, Event, Feed, Script
 
@@ -24,16 +25,19 @@ class Shape:
 
 
 class Format(ABC):
-    """`marks` are tokens that must reach the parser though they may be special. With `text_arguments` the template
-    wants the arguments of earlier calls as JSON text, and not as an object."""
+    """`marks` are tokens that must reach the parser though they may be special."""
 
     marks: tuple[str, ...] = ()
-    text_arguments = False
     shape: Shape
 
     @abstractmethod
     def parse(self, feed: Feed, names: frozenset[str]) -> Script:
         """Of an output; `names` are the request's functions."""
+
+    def adapt(self, message: dict[str, Any]) -> dict[str, Any]:
+        """An earlier message as the template expects it. Given are arguments as objects, "" for no content, and
+        reasoning in reasoning_content."""
+        return message
 
     def new_id(self) -> str:
         return f"call_{secrets.token_hex(12)}"

@@ -7,6 +7,7 @@ Source: OpenAI, "OpenAI harmony response format" (cookbook), and the chat templa
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from polyradix.serve.parsers.base import Format, Shape
 from polyradix.serve.parsers.feed import Arguments, Call, Emit, Feed, Reasoning, Script, Text
@@ -18,6 +19,13 @@ ENDS = ("<|end|>", "<|call|>", "<|return|>")
 class Harmony(Format):
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
     shape = Shape(f"{CHANNEL}commentary to=functions.NAME {CONSTRAIN}json{MESSAGE}", "", single=True)
+
+    def adapt(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The template refuses content and thinking in one message with calls."""
+        thinking = message.pop("reasoning_content", "")
+        if thinking and not (message["content"] and message.get("tool_calls")):
+            message["thinking"] = thinking
+        return message
 
     def parse(self, feed: Feed, names: frozenset[str]) -> Script:
         mark = MESSAGE
