@@ -60,7 +60,8 @@ def adjust_of(picked: list[SampleRow]) -> Adjust | None:
     if not entries:
         return None
     row, id, factor, add = zip(*(entries[n] for n in np.random.default_rng(5).permutation(len(entries))), strict=True)
-    return Adjust(*(np.array(x, np.int32) for x in (row, id)), *(np.array(x, np.float32) for x in (factor, add)))
+    i32, f32 = np.int32, np.float32
+    return Adjust(np.array(row, i32), np.array(id, i32), np.array(factor, f32), np.array(add, f32))
 
 
 def greedy_batch(count: int) -> SampleBatch:

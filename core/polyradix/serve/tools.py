@@ -53,7 +53,7 @@ class Formats:
         self.tokenizer = tokenizer
         self.tools = tool_format(tools, tokenizer.template)
         self.reasoning = reasoning_format(reasoning, tokenizer.template)
-        if self.reasoning == "gpt-oss" and self.tools is None:
+        if self.reasoning == "gpt-oss":
             self.tools = Harmony()
 
     @cached_property
