@@ -130,7 +130,7 @@ def logprobs(p: Precision, x: Arr) -> Arr:
 
 @dataclass(frozen=True)
 class SampleRow:
-    """How to sample one row; `allowed` are the ids a mask permits, None permits all."""
+    """How to sample one row; `allowed` are the ids a mask permits, None permits all. `adjust` has (id, factor, add)."""
 
     temperature: float
     top_k: int
@@ -139,10 +139,15 @@ class SampleRow:
     seed: int
     position: int
     allowed: tuple[int, ...] | None = None
+    adjust: tuple[tuple[int, float, float], ...] = ()
 
 
 def sample(x: Arr, r: SampleRow) -> set[int]:
     """The tokens that the definition allows for logits x [V]: one, or the few that differ by rounding alone."""
+    x = x.copy()
+    for i, factor, add in r.adjust:
+        scaled = np.float32(x[i] / factor if x[i] > 0 else x[i] * factor)
+        x[i] = np.float32(float(scaled) + add)
     ids = range(len(x)) if r.allowed is None else r.allowed
     if r.temperature == 0:
         best = max(float(x[i]) for i in ids)

@@ -30,6 +30,7 @@ from polyradix.backend.protocol import (
 from polyradix_cpu import host, ipex, native
 from polyradix_cpu.linear import PackedLinear, native_bf16
 from polyradix_torch import TorchBackend, TorchOps, done, to_numpy, torch_dtype
+from polyradix_torch.sample import adjusted
 
 PAGE_SIZES = (16, 32, 64, 128)
 STEP_TOKENS = 512  # products are at their full speed from about 100 rows; more would only keep decodes waiting
@@ -88,6 +89,7 @@ class NativeBackend(TorchBackend):
         return self._native.compile(step, limits)
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        logits = adjusted(logits, batch)
         if batch.greedy and batch.mask is None:
             return self._native.argmax(logits)
         return self._native.sample(logits, batch)

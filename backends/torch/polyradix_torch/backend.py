@@ -102,7 +102,7 @@ class TorchBackend(ABC):
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         with torch.inference_mode():
-            if batch.greedy and batch.mask is None:
+            if batch.greedy and batch.mask is None and batch.adjust is None:
                 return logits.argmax(-1).int()
             return torch.from_numpy(sample_host(logits.cpu().numpy(), batch)).to(self.device)
 

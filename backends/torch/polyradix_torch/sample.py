@@ -14,7 +14,7 @@ WORD = 0xFFFFFFFF
 
 def sample(logits: torch.Tensor, batch: SampleBatch, argmax: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """logits [S,V] float32 -> i32[S]; `argmax` gives the lowest index among equals."""
-    device = logits.device
+    device, logits = logits.device, adjusted(logits, batch)
     if batch.mask is not None:
         logits = logits.masked_fill(~allowed(batch.mask, logits.shape[1], device), -float("inf"))
     if batch.greedy:
@@ -28,6 +28,17 @@ def sample(logits: torch.Tensor, batch: SampleBatch, argmax: Callable[[torch.Ten
         kept = _narrow(z, number[2, :, None], real[1, :, None], real[2, :, None])
     score = torch.where(temperature > 0, kept + gumbel(number[0], number[1], logits.shape[1]), logits)
     return argmax(score)
+
+
+def adjusted(logits: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
+    """Logits [S,V] as batch.adjust changes them: a copy, or the same where it changes nothing."""
+    if batch.adjust is None:
+        return logits
+    a, device = batch.adjust, logits.device
+    where = torch.from_numpy(np.stack([a.row, a.id]).astype(np.int64)).to(device, non_blocking=True)
+    factor, add = torch.from_numpy(np.stack([a.factor, a.add])).to(device, non_blocking=True)
+    x = logits[where[0], where[1]]
+    return logits.index_put((where[0], where[1]), torch.where(x > 0, x / factor, x * factor) + add)
 
 
 def allowed(mask: np.ndarray, vocab: int, device: torch.device) -> torch.Tensor:

@@ -14,6 +14,7 @@ from polyradix.backend.batch import SampleBatch
 
 def sample(logits: jax.Array, batch: SampleBatch) -> jax.Array:
     """logits f32[S',V] -> i32[S']; the rows beyond those of `batch` mean nothing."""
+    logits = _adjusted(logits, batch)
     if batch.greedy and batch.mask is None:
         return _best(logits)
     pad = len(logits) - len(batch.seed)
@@ -21,6 +22,22 @@ def sample(logits: jax.Array, batch: SampleBatch) -> jax.Array:
     mask = None if batch.mask is None else np.pad(batch.mask, ((0, pad), (0, 0)))
     filtered = bool(batch.top_k.any() or (batch.top_p < 1).any() or batch.min_p.any())
     return _sample(logits, *columns, mask, filtered)
+
+
+def _adjusted(logits: jax.Array, batch: SampleBatch) -> jax.Array:
+    """Padded to a power of two, so that few programs are compiled; the padding is in no row."""
+    a = batch.adjust
+    if a is None:
+        return logits
+    pad = (1 << len(a.row).bit_length()) - len(a.row)
+    row, id = np.pad(a.row, (0, pad), constant_values=len(logits)), np.pad(a.id, (0, pad))
+    return _adjust(logits, row, id, np.pad(a.factor, (0, pad), constant_values=1), np.pad(a.add, (0, pad)))
+
+
+@partial(jax.jit)
+def _adjust(x: jax.Array, row: jax.Array, id: jax.Array, factor: jax.Array, add: jax.Array) -> jax.Array:
+    old = x.at[row, id].get(mode="fill", fill_value=0)
+    return x.at[row, id].set(jnp.where(old > 0, old / factor, old * factor) + add, mode="drop")
 
 
 _best = jax.jit(lambda x: jnp.argmax(x, axis=1).astype(jnp.int32))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from polyradix.backend.batch import SampleBatch
+from polyradix.backend.batch import Adjust, SampleBatch
 from polyradix.backend.protocol import Heads, Params
 from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
@@ -51,7 +51,17 @@ def batch_of(picked: list[SampleRow]) -> SampleBatch:
         name: np.array([getattr(r, name) for r in picked], np.float32 if name in FLOATS else np.int32)
         for name in (*FLOATS, "top_k", "seed", "position")
     }
-    return SampleBatch(**column, mask=mask)
+    return SampleBatch(**column, mask=mask, adjust=adjust_of(picked))
+
+
+def adjust_of(picked: list[SampleRow]) -> Adjust | None:
+    """In no order."""
+    entries = [(s, *entry) for s, row in enumerate(picked) for entry in row.adjust]
+    if not entries:
+        return None
+    row, id, factor, add = zip(*(entries[n] for n in np.random.default_rng(5).permutation(len(entries))), strict=True)
+    i32, f32 = np.int32, np.float32
+    return Adjust(np.array(row, i32), np.array(id, i32), np.array(factor, f32), np.array(add, f32))
 
 
 def greedy_batch(count: int) -> SampleBatch:
@@ -135,11 +145,30 @@ def mask(rig: Rig) -> None:
     Sampler(rig).check([n % 64 for n in range(len(picked))], picked)
 
 
+def adjust(rig: Rig) -> None:
+    """Of logits above and below zero: each part alone, and together; with a mask; many in one row, none in others. What
+    was likely becomes unlikely, and the other way round, greedy rows included."""
+    sampler, grid = Sampler(rig), rows()[:48]
+    r = np.random.default_rng(6)
+    picked = []
+    for n, row in enumerate(grid):
+        best = np.argsort(-sampler.x[n], kind="stable")
+        ids = [int(i) for i in (*best[: 1 + n % 5], *best[-3:])]  # the best and the worst: of either sign
+        factor = [2.0 if n % 3 != 1 else 1.0] * len(ids)
+        add = [float(v) * (n % 3 > 0) for v in r.choice([-100.0, -1.5, 0.25, 9.0], len(ids))]
+        picked.append(replace(row, adjust=() if n % 7 == 6 else tuple(zip(ids, factor, add, strict=True))))
+    ids = list(range(len(picked)))
+    sampler.check(ids, picked)
+    sampler.check(ids, [replace(row, temperature=0.0) for row in picked])
+    odd = tuple(range(1, VOCAB, 2))
+    sampler.check(ids, [replace(row, allowed=odd) for row in picked])
+
+
 def logprobs_after_sampling(rig: Rig) -> None:
-    """Temperature and mask change what is sampled, not its log probability."""
+    """Temperature, mask and adjust change what is sampled, not its log probability."""
     sampler, ids = Sampler(rig), list(range(8, 40))
     odd = tuple(range(1, VOCAB, 2))
-    picked = [SampleRow((0.0, 0.5, 2.0)[i % 3], 0, 1.0, 0.0, i, i, odd) for i in ids]
+    picked = [SampleRow((0.0, 0.5, 2.0)[i % 3], 0, 1.0, 0.0, i, i, odd, ((5, 2.0, 3.0),)) for i in ids]
     logits = sampler.logits(ids)
     tokens = rig.backend.sample(logits, batch_of(picked))
     got = rig.fetch(rig.backend.logprobs(logits, tokens, 1).chosen, (len(ids),))
@@ -171,5 +200,6 @@ for dtype in ("float32", "bfloat16"):
     case("L1/sample/filters", dtype, filters)
     case("L1/sample/seeds", dtype, seeds)
     case("L1/sample/mask", dtype, mask, features=("mask",))
+    case("L1/sample/adjust", dtype, adjust, features=("mask", "adjust"))
     case("L1/logprobs", dtype, logprobs, features=("logprobs",))
-    case("L1/logprobs/after_sampling", dtype, logprobs_after_sampling, features=("logprobs", "mask"))
+    case("L1/logprobs/after_sampling", dtype, logprobs_after_sampling, features=("logprobs", "mask", "adjust"))

@@ -11,6 +11,7 @@ from polyradix.backend.batch import SampleBatch
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import Arr
 from polyradix.backend.protocol import HOST_DTYPES, Array, LogProbs
+from polyradix.backend.sampling import adjusted
 from polyradix_conformance.sabotage import sabotage
 
 
@@ -193,6 +194,53 @@ class MaskIgnoredWhenGreedy(NumpyBackend):
             return super().sample(logits, batch)
         mask = np.where((batch.temperature == 0)[:, None], -1, batch.mask).astype(np.int32)
         return super().sample(logits, replace(batch, mask=mask))
+
+
+@sabotage("L1/sample/adjust")
+class AdjustIgnored(NumpyBackend):
+    """Logits are not adjusted."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        return super().sample(logits, replace(batch, adjust=None))
+
+
+@sabotage("L1/sample/adjust")
+class AdjustAddsOnly(NumpyBackend):
+    """The factor of an adjustment is ignored."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        a = batch.adjust
+        return super().sample(logits, replace(batch, adjust=a and replace(a, factor=np.ones_like(a.factor))))
+
+
+@sabotage("L1/sample/adjust")
+class AdjustDividesAll(NumpyBackend):
+    """A factor divides logits below zero too, which makes them likelier."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        if (a := batch.adjust) is not None:
+            factor = np.where(logits[a.row, a.id] > 0, a.factor, 1 / a.factor).astype(np.float32)
+            batch = replace(batch, adjust=replace(a, factor=factor))
+        return super().sample(logits, batch)
+
+
+@sabotage("L1/sample/adjust")
+class AdjustInFirstRow(NumpyBackend):
+    """All adjustments are made in the first row."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        a = batch.adjust
+        return super().sample(logits, replace(batch, adjust=a and replace(a, row=np.zeros_like(a.row))))
+
+
+@sabotage("L1/logprobs")
+class LogitsAdjustedInPlace(NumpyBackend):
+    """Sampling adjusts the logits themselves, and log probabilities are of what it leaves."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        out = super().sample(logits, batch)
+        logits[:] = adjusted(logits, batch)
+        return out
 
 
 @sabotage("L1/logprobs")

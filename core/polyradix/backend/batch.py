@@ -49,6 +49,18 @@ class HostBatch:
 
 
 @dataclass(frozen=True)
+class Adjust:
+    """Single logits changed before anything else: the logit x of token `id[i]` in row `row[i]` becomes
+    (x / factor[i] if x > 0 else x * factor[i]) + add[i], all in float32. A (row, id) comes once at most. Penalties and
+    biases are made of it: repetition is a factor (Keskar et al., "CTRL", 2019), frequency and presence are sums."""
+
+    row: I32  # [N] 0 to S - 1
+    id: I32  # [N] 0 to V - 1
+    factor: F32  # [N] above 0
+    add: F32  # [N] finite
+
+
+@dataclass(frozen=True)
 class SampleBatch:
     """How to sample each of S rows; the semantics are in backend/sampling.py."""
 
@@ -59,8 +71,9 @@ class SampleBatch:
     seed: I32  # [S] any 32 bits
     position: I32  # [S] position of the token being sampled
     mask: I32 | None = None  # [S, ceil(V/32)] bit t of word t//32 allows token t; None allows all
+    adjust: Adjust | None = None
 
     @property
     def greedy(self) -> bool:
-        """True when every row is greedy, so a backend may take its argmax path."""
+        """True when every row is greedy: without mask and adjust, a backend may take its argmax path."""
         return not self.temperature.any()

@@ -23,7 +23,7 @@ class DeviceLost(RuntimeError):
     step and no others; one for want of memory is a MemoryError."""
 
 
-FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "logprobs", "moe"})
+FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe"})
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ class NullBackend:
             dtypes=frozenset(HOST_DTYPES),
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
-            features=FEATURES - {"mask"},
+            features=FEATURES - {"mask", "adjust"},
             batch_invariant=True,
             async_launch=async_launch,
         )
@@ -147,6 +147,8 @@ class NullBackend:
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         if batch.mask is not None:
             raise Unsupported("mask")
+        if batch.adjust is not None:
+            raise Unsupported("adjust")
         return self._launch.run(lambda _: self._tokens(batch), logits)
 
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs:

@@ -1,6 +1,6 @@
 """Sampling, defined: the same logits and the same SampleBatch give the same token on every backend.
 
-For one row of float32 logits x over V tokens:
+For one row of float32 logits x over V tokens, changed as `SampleBatch.adjust` says:
 
 1. Tokens whose mask bit is 0 are removed.
 2. Temperature 0: the token with the largest logit, the lowest id among equals. Done.
@@ -48,8 +48,19 @@ def gumbel(seed: int, position: int, ids: NDArray[np.integer[Any]]) -> F32:
     return noise
 
 
+def adjusted(logits: F32, batch: SampleBatch) -> F32:
+    """Logits [S,V] as batch.adjust changes them: a copy, or the same where it changes nothing."""
+    a = batch.adjust
+    if a is None:
+        return logits
+    logits = logits.copy()
+    x = logits[a.row, a.id]
+    logits[a.row, a.id] = np.where(x > 0, x / a.factor, x * a.factor) + a.add
+    return logits
+
+
 def sample_row(x: F32, batch: SampleBatch, s: int) -> int:
-    """The sampled token of row `s`, from its logits x [V] float32."""
+    """The sampled token of row `s`, from its adjusted logits x [V] float32."""
     x = np.asarray(x, np.float32)
     ids = np.arange(len(x))
     if batch.mask is not None:
@@ -78,6 +89,7 @@ def sample_row(x: F32, batch: SampleBatch, s: int) -> int:
 
 def sample_host(logits: F32, batch: SampleBatch) -> I32:
     """All rows: logits [S,V] float32 -> i32[S]. Also the host fallback of backends without a sampler of their own."""
+    logits = adjusted(logits, batch)
     if batch.greedy and batch.mask is None:
         best: I32 = np.argmax(logits, axis=1).astype(np.int32)
         return best

@@ -12,6 +12,7 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 from tqdm import tqdm
 
@@ -19,6 +20,7 @@ from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
+from polyradix.engine.adjust import Forced, adjustments
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.grammars import Gate
 from polyradix.engine.limits import Limiter
@@ -170,7 +172,12 @@ class EngineCore:
             raise InvalidParam("prompt", int(strange[0]), f"token ids from 0 to {self.spec.vocab - 1}")
         seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
-        req = Request(rid, tokens, params, eos, namespace, _fold32(seed), priority, tenant)
+        self._check_features(params)
+        echo = params.prompt_logprobs and len(tokens) > 1
+        first = tokens[:1] if echo else tokens
+        req = Request(rid, first, params, eos, namespace, _fold32(seed), priority, tenant)
+        if echo:
+            req = _echoing(req, tokens[1:])
         self._limits.check(req, timeout)
         with self._limits.room_for(req):
             self._enqueue(req)
@@ -180,10 +187,18 @@ class EngineCore:
         if params.grammar is None:
             return self.scheduler.add(req)
         params.check()
-        if "mask" not in self.backend.caps.features:
-            needs = f"none, as {self.backend.caps.name} has no masks"
-            raise InvalidParam(params.grammar.field, params.grammar.kind, needs)
         self._gate.put(req, params.grammar)
+
+    def _check_features(self, params: SamplingParams) -> None:
+        """Raises InvalidParam for what the backend cannot do."""
+        caps, field, grammar = self.backend.caps, params.adjusting, params.grammar
+        if field and "adjust" not in caps.features:
+            raise InvalidParam(field, getattr(params, field), f"nothing, as {caps.name} cannot adjust logits")
+        if (grammar or params.prompt_logprobs) and "mask" not in caps.features:
+            name, value = (grammar.field, grammar.kind) if grammar else ("prompt_logprobs", "True")
+            raise InvalidParam(name, value, f"none, as {caps.name} has no masks")
+        if strange := [i for i in params.logit_bias if not 0 <= i < self.spec.vocab]:
+            raise InvalidParam("logit_bias", strange[0], f"token ids from 0 to {self.spec.vocab - 1}")
 
     def abort(self, rid: str) -> bool:
         """Drop a request; its pages are free as soon as no launched step uses them. False if it is not known."""
@@ -277,12 +292,12 @@ class EngineCore:
         return waited
 
     def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
-        """With the mask of its grammars. A request whose grammar fails is ended."""
+        """With the mask of its grammars, and its adjustments. A request whose grammar fails is ended."""
         begin = time.perf_counter()
         mask, failed = self._gate.masked(plan, self.spec.vocab)
         chunks += [chunk for chunk in failed if self.scheduler.abort(chunk.rid)]
         self._stats.grammar_seconds += time.perf_counter() - begin
-        return replace(plan.sample, mask=mask)
+        return replace(plan.sample, mask=mask, adjust=adjustments(plan, self.spec.vocab))
 
     def _harvest(self) -> tuple[float, list[Chunk]]:
         flight = self._flights.popleft()
@@ -322,6 +337,15 @@ def _max_context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is not None and config.max_context > spec.max_position:
         raise ConfigError(f"max_context is {config.max_context}; the model was made for {spec.max_position} at most")
     return config.max_context or spec.max_position
+
+
+def _echoing(req: Request, rest: np.ndarray) -> Request:
+    """`rest` of the prompt comes as outputs, so that each of its tokens has a log-probability."""
+    if req.params.grammar is not None:
+        raise InvalidParam(req.params.grammar.field, req.params.grammar.kind, "none with prompt_logprobs")
+    req.params = msgspec.structs.replace(req.params, max_tokens=req.params.max_tokens + len(rest))
+    req.forced, req.matcher = len(rest), Forced(rest)
+    return req
 
 
 def _fold32(seed: int) -> int:

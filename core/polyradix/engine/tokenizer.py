@@ -21,6 +21,7 @@ from polyradix.graph.checkpoint.base import Checkpoint, read_optional_json
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.spec import eos_ids
 
+HARMONY_ENDS = ("<|return|>", "<|call|>")  # where <|end|> ends a message, and not the turn
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|endofturn|>")
 
 
@@ -43,9 +44,9 @@ class Tokenizer:
         self._bytes = {i: spelled(token) for token, i in inner.get_vocab(with_added_tokens=False).items()}
         self._bytes |= {i: token.content.encode() for i, token in added.items()}
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        turn_ends = [
-            i for i, token in added.items() if token.content in TURN_ENDS and token.content in (template or "")
-        ]
+        self.template = template or ""
+        ends = HARMONY_ENDS if "<|channel|>" in self.template else TURN_ENDS
+        turn_ends = [i for i, t in added.items() if t.content in ends and t.content in self.template]
         self.eos_ids = frozenset([*model_eos, *turn_ends])
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:

@@ -59,10 +59,10 @@ class LlgCompiler:
         self._tokenizer: Any = None
         self._ready: float | None = None  # since when there is a tokenizer
         self._specials: dict[str, int] = {}
-        self._cache: OrderedDict[tuple[str, str], Future[Grammar]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], Future[Grammar]] = OrderedDict()
 
     def compile(self, spec: GrammarSpec) -> Future[Grammar]:
-        key = spec.kind, spec.source
+        key = spec.kind, spec.source, spec.frame
         with self._lock:
             work = self._cache.get(key)
             if work is None or _worn(work):
@@ -111,7 +111,7 @@ class LlgCompiler:
         except Exception as error:  # whatever a tokenizer's files or the library may raise
             _set(work, GrammarError(f"this model's tokenizer cannot be used with grammars: {error}"))
             return
-        key = spec.kind, spec.source
+        key = spec.kind, spec.source, spec.frame
         if work.done():
             with self._lock:
                 if self._cache.get(key) is work:
@@ -192,7 +192,7 @@ class _Compiled:
         from llguidance import LLMatcher, LLParserLimits
 
         try:
-            source = _source(spec, specials)
+            source = _framed(_source(spec, specials), spec.frame)
         except GrammarError:
             raise
         except Exception as error:  # the library's converters raise ValueError, RecursionError and their own
@@ -257,6 +257,8 @@ def _source(spec: GrammarSpec, specials: dict[str, int]) -> str:
         return str(LLMatcher.grammar_from_json_schema(spec.source, overrides=JSON_FORM))
     if spec.kind == "regex":
         return str(LLMatcher.grammar_from_regex(spec.source))
+    if spec.kind == "lark":
+        return spec.source
     if spec.kind == "ebnf":
         return str(LLMatcher.grammar_from_lark(any_to_lark(spec.source)))
     if spec.kind == "structural_tag":
@@ -265,6 +267,14 @@ def _source(spec: GrammarSpec, specials: dict[str, int]) -> str:
     if not choices or not all(isinstance(c, str) and c for c in choices):
         raise GrammarError("a list of strings, at least one and none empty, is expected")
     return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in dict.fromkeys(choices))))
+
+
+def _framed(source: str, frame: str) -> str:
+    """The library's JSON of two grammars: the frame, and what it calls @body."""
+    if not frame:
+        return source
+    body = json.loads(source)["grammars"][0] if source.startswith('{"grammars"') else {"lark_grammar": source}
+    return json.dumps({"grammars": [{"name": "start", "lark_grammar": frame}, body | {"name": "body"}]})
 
 
 def _short(reason: str) -> str:

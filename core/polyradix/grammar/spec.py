@@ -10,7 +10,7 @@ import msgspec
 
 from polyradix.backend.batch import I32
 
-Kind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag"]
+Kind = Literal["json_schema", "json_object", "regex", "ebnf", "choice", "structural_tag", "lark"]
 MAX_SOURCE = 64 * 1024  # bytes
 
 
@@ -20,16 +20,18 @@ class GrammarError(ValueError):
 
 class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
     """`source` is a JSON schema as text, a regular expression that the whole output matches, a grammar (Lark, or GBNF
-    with `::=`), a JSON list of strings for `choice`, "" for `json_object`, and for `structural_tag` what
-    grammar/tags.py says. `field` names it in errors."""
+    with `::=`; of kind `lark` always Lark), a JSON list of strings for `choice`, "" for `json_object`, and for
+    `structural_tag` what grammar/tags.py says. `field` names it in errors. `frame` is a Lark grammar of what comes
+    around it, in which it is called @body."""
 
     kind: Kind
     source: str = ""
     field: str = "grammar"
+    frame: str = ""
 
     def check(self) -> None:
         """Raises GrammarError for a source beyond MAX_SOURCE."""
-        size = len(self.source.encode("utf-8", "replace"))
+        size = len((self.source + self.frame).encode("utf-8", "replace"))
         if size > MAX_SOURCE:
             raise GrammarError(f"it has {size} bytes; expected at most {MAX_SOURCE}")
 

@@ -29,7 +29,7 @@ class Plan:
     host: HostBatch
     sample: SampleBatch
     top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
-    masked: bool = False  # a row has a grammar: sampling needs `mask`, which needs all earlier plans applied
+    masked: bool = False  # a row has a grammar, or penalties and such: sampling needs all earlier plans applied
 
     def choosing(self) -> list[tuple[int, Request, Matcher]]:
         """The rows that sample by a grammar, with theirs."""
@@ -89,7 +89,7 @@ class RowTable:
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot] = max(p.top_k, 0)
         self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
-        self.grammar[slot] = req.matcher is not None
+        self.grammar[slot] = req.matcher is not None or req.params.adjusting != ""
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
     def set_pages(self, req: Request) -> None:

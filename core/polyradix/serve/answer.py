@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
+from msgspec import UNSET
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from polyradix.engine.messages import TokenLogProbs
 from polyradix.serve.errors import ApiError
 from polyradix.serve.generation import Choice, Generation, Piece, Tokens
+from polyradix.serve.parsers.feed import Arguments, Call, Event, Reasoning, Text
 from polyradix.serve.replies import (
     AnswerMessage,
     ChatLogProb,
@@ -22,10 +25,12 @@ from polyradix.serve.replies import (
     CompletionLogProbs,
     Delta,
     DeltaChoice,
+    FunctionDelta,
     Generated,
     MessageChoice,
     Reply,
     TextChoice,
+    ToolCall,
     TopLogProb,
     usage,
 )
@@ -60,11 +65,17 @@ async def _hang_up(receive: Receive) -> None:
 
 
 class Form(Protocol):
-    """The shape of an answer: `piece` is one stream event (None: nothing to say), and `whole` the full body."""
+    """The shape of an answer: `piece` is one stream event (a list: several; None: nothing to say), and `whole` the full
+    body. An event that is a dict has its name in `type`."""
 
-    def piece(self, choice: Choice, piece: Piece) -> msgspec.Struct | None: ...
-    def whole(self, run: Generation, pieces: list[list[Piece]]) -> msgspec.Struct: ...
-    def last(self, run: Generation) -> msgspec.Struct | None: ...  # the stream's closing event
+    closing: bytes = b"data: [DONE]\n\n"
+
+    def piece(self, choice: Choice, piece: Piece) -> object: ...
+    def whole(self, run: Generation, pieces: list[list[Piece]]) -> object: ...
+    def last(self, run: Generation) -> object: ...  # the stream's closing event
+    def failure(self, error: ApiError) -> bytes:
+        """What ends a stream that broke."""
+        return b"data: " + error.body() + b"\n\n"
 
 
 def answer(run: Generation, form: Form, stream: bool) -> Answer:
@@ -90,22 +101,26 @@ async def _stream(run: Generation, form: Form, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             while pieces:
-                events = [_event(e) for choice, piece in pieces if (e := form.piece(choice, piece)) is not None]
+                events = b"".join(_events(form.piece(choice, piece)) for choice, piece in pieces)
                 if events:
-                    await send({"type": "http.response.body", "body": b"".join(events), "more_body": True})
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
                 pieces = await run.next()
-            last = form.last(run)
-            end = (b"" if last is None else _event(last)) + b"data: [DONE]\n\n"
+            end = _events(form.last(run)) + form.closing
         except ApiError as error:
-            end = b"data: " + error.body() + b"\n\n"
+            end = form.failure(error)
     await send({"type": "http.response.body", "body": end})
 
 
-def _event(value: msgspec.Struct) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+def _events(value: object) -> bytes:
+    if value is None:
+        return b""
+    if isinstance(value, list):
+        return b"".join(map(_events, value))
+    name = f"event: {value['type']}\n".encode() if isinstance(value, dict) else b""
+    return name + b"data: " + _encode(value) + b"\n\n"
 
 
-class OpenAIForm:
+class OpenAIForm(Form):
     """What chat and completion answers share."""
 
     prefix: str
@@ -139,25 +154,46 @@ class ChatForm(OpenAIForm):
     def __init__(self, model: str, tokenizer: Tokens, include_usage: bool) -> None:
         super().__init__(model, tokenizer, include_usage)
         self._begun: set[int] = set()
+        self._calls: dict[int, int] = {}  # of each choice, the index of its newest tool call
 
     def piece(self, choice: Choice, piece: Piece) -> Reply | None:
-        delta = Delta()
+        delta = self._delta(choice, piece.events)
         if choice.index not in self._begun:
             self._begun.add(choice.index)
-            delta.role, delta.content = "assistant", piece.text
-        elif piece.text:
-            delta.content = piece.text
-        elif not piece.entries and piece.finish is None:
+            delta.role, delta.content = "assistant", delta.content or ""
+        elif not piece.events and not piece.entries and piece.finish is None:
             return None
         logprobs = self._logprobs(piece.entries) if piece.entries else None
         return self._chunk([DeltaChoice(choice.index, delta, logprobs, piece.finish)])
 
+    def _delta(self, choice: Choice, events: list[Event]) -> Delta:
+        delta, calls = Delta(), list[ToolCall]()
+        text, reasoning = join(events)
+        for event in events:
+            if isinstance(event, Call):
+                self._calls[choice.index] = index = self._calls.get(choice.index, -1) + 1
+                calls.append(ToolCall(FunctionDelta(name=event.name), index, call_id(choice, event), "function"))
+            elif isinstance(event, Arguments):
+                index = self._calls[choice.index]
+                if not calls or calls[-1].index != index:
+                    calls.append(ToolCall(FunctionDelta(), index))
+                calls[-1].function.arguments += event.text
+        delta.content = text or UNSET
+        delta.reasoning_content = delta.reasoning = reasoning or UNSET
+        delta.tool_calls = calls or UNSET
+        return delta
+
     def whole(self, run: Generation, pieces: list[list[Piece]]) -> Reply:
         choices = []
         for choice, got in zip(run.choices, pieces, strict=True):
-            text, entries = _join(got)
-            logprobs = None if choice.params.logprobs is None else self._logprobs(entries)
-            choices.append(MessageChoice(choice.index, AnswerMessage(text), logprobs, choice.finish or "stop"))
+            delta = self._delta(choice, [event for piece in got for event in piece.events])
+            logprobs = None if choice.params.logprobs is None else self._logprobs(_join(got)[1])
+            message = AnswerMessage(delta.content or (None if delta.tool_calls else ""))
+            message.reasoning_content, message.reasoning = delta.reasoning_content, delta.reasoning
+            message.tool_calls = delta.tool_calls
+            for call in delta.tool_calls or ():
+                call.index = UNSET
+            choices.append(MessageChoice(choice.index, message, logprobs, choice.finish or "stop"))
         return self._reply(run, choices)
 
     def _logprobs(self, entries: list[tuple[int, TokenLogProbs]]) -> ChatLogProbs:
@@ -175,6 +211,12 @@ class ChatForm(OpenAIForm):
 class CompletionForm(OpenAIForm):
     prefix, kind, kind_chunk = "cmpl", "text_completion", "text_completion"
 
+    def __init__(
+        self, model: str, tokenizer: Tokens, include_usage: bool, n: int, best_of: int, logprobs: bool
+    ) -> None:
+        super().__init__(model, tokenizer, include_usage)
+        self._n, self._best_of, self._shown = n, best_of, logprobs
+
     def piece(self, choice: Choice, piece: Piece) -> Reply | None:
         if not piece.text and not piece.entries and piece.finish is None:
             return None
@@ -182,22 +224,32 @@ class CompletionForm(OpenAIForm):
         return self._chunk([TextChoice(choice.index, piece.text, logprobs, piece.finish)])
 
     def whole(self, run: Generation, pieces: list[list[Piece]]) -> Reply:
-        choices = []
-        for choice, got in zip(run.choices, pieces, strict=True):
+        choices: list[TextChoice] = []
+        for choice, got in self._best(list(zip(run.choices, pieces, strict=True))):
             text, entries = _join(got)
-            logprobs = None if choice.params.logprobs is None else self._logprobs(choice, entries)
-            choices.append(TextChoice(choice.index, text, logprobs, choice.finish))
+            logprobs = self._logprobs(choice, entries) if self._shown else None
+            choices.append(TextChoice(len(choices), text, logprobs, choice.finish))
         return self._reply(run, choices)
+
+    def _best(self, choices: list[tuple[Choice, list[Piece]]]) -> list[tuple[Choice, list[Piece]]]:
+        """Of each prompt's best_of, the n whose tokens have the highest mean log-probability, the best one first."""
+        if self._best_of == self._n:
+            return choices
+        groups = [choices[i : i + self._best_of] for i in range(0, len(choices), self._best_of)]
+        return [pair for group in groups for pair in sorted(group, key=_mean_logprob, reverse=True)[: self._n]]
 
     def _logprobs(self, choice: Choice, entries: list[tuple[int, TokenLogProbs]]) -> CompletionLogProbs:
         out = CompletionLogProbs([], [], [] if choice.params.logprobs else None, [])
         for token, entry in entries:
             text = self._token(token)
             out.tokens.append(text)
-            out.token_logprobs.append(max(entry.logprob, LEAST))
+            first = math.isnan(entry.logprob)  # of an echoed prompt
+            out.token_logprobs.append(None if first else max(entry.logprob, LEAST))
             out.text_offset.append(choice.shown)
             choice.shown += len(text)
-            if out.top_logprobs is not None:
+            if out.top_logprobs is not None and first:
+                out.top_logprobs.append(None)
+            elif out.top_logprobs is not None:
                 top = {self._token(t): max(value, LEAST) for t, value in entry.top}
                 out.top_logprobs.append(top | {text: max(entry.logprob, LEAST)})
         return out
@@ -211,7 +263,7 @@ class CompletionForm(OpenAIForm):
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-class GenerateForm:
+class GenerateForm(Form):
     """Token ids out. A stream is one event per step; the last one has the finish reason and the counts."""
 
     def piece(self, choice: Choice, piece: Piece) -> Generated:
@@ -234,6 +286,22 @@ class GenerateForm:
         finish = pieces[-1].finish
         counts = usage(len(choice.prompt), choice.output_tokens, choice.cached_tokens) if finish is not None else None
         return Generated(choice.rid, tokens, logprobs, finish, counts)
+
+
+def _mean_logprob(pair: tuple[Choice, list[Piece]]) -> float:
+    values = [entry.logprob for _, entry in _join(pair[1])[1] if not math.isnan(entry.logprob)]
+    return sum(values) / len(values) if values else 0.0
+
+
+def join(events: list[Event]) -> tuple[str, str]:
+    """All the text, and all the reasoning."""
+    kinds = (Text, Reasoning)
+    text, reasoning = ("".join(e.text for e in events if isinstance(e, kind)) for kind in kinds)
+    return text, reasoning
+
+
+def call_id(choice: Choice, call: Call) -> str:
+    return call.id or (choice.new_id() if choice.new_id else f"call_{uuid.uuid4().hex[:24]}")
 
 
 def _join(pieces: list[Piece]) -> tuple[str, list[tuple[int, TokenLogProbs]]]:

@@ -21,7 +21,9 @@ from polyradix.serve.client import EngineClient
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
 from polyradix.serve.generation import Choice, Generation, Tokens
 from polyradix.serve.metrics import Metrics
+from polyradix.serve.responses import ResponsesForm, ResponsesRequest, chat_request, field_name, renamed
 from polyradix.serve.terms import terms
+from polyradix.serve.tools import Formats, Talk
 
 MAX_BODY = 32 * 2**20  # bytes
 LONG_TEXT = 16_384  # characters; longer texts are tokenized in a thread, so that streams do not stall
@@ -35,10 +37,13 @@ class Server:
     tokenizer: Tokens
     name: str
     max_body: int = MAX_BODY
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.client)
         self.created = int(time.time())
+        self.formats = Formats(self.tokenizer, self.tool_parser, self.reasoning_parser)
 
     @property
     def context(self) -> int:
@@ -61,8 +66,10 @@ class Server:
         max_tokens: int,
         logprobs: int | None,
         stop: Sequence[str] = (),
+        readable: bool = False,
     ) -> Choice:
-        """Choice `index` of the request; the index is added to the seed. `field` holds the prompt, for errors."""
+        """Choice `index` of the request; the index is added to the seed. `field` holds the prompt, for errors.
+        `readable`: for a parser, with the special tokens that it looks for."""
         context = self.context
         if not prompt:
             raise field_error(field, prompt, "at least one token")
@@ -78,7 +85,11 @@ class Server:
         if not params.ignore_eos:
             stops = tuple({*params.stop_token_ids, *self.tokenizer.eos_ids})
             params = msgspec.structs.replace(params, stop_token_ids=stops)
-        return Choice(index, prompt, params, self.tokenizer, stop, terms=terms(body))
+        return Choice(index, prompt, params, self.formats.view if readable else self.tokenizer, stop, terms=terms(body))
+
+    def text(self, ids: list[int]) -> str:
+        """Of a prompt, special tokens included."""
+        return b"".join(map(self.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
     def check_ids(self, ids: list[int], field: str) -> list[int]:
         vocab = self.tokenizer.vocab_size
@@ -89,37 +100,64 @@ class Server:
 
 
 async def chat(server: Server, body: openai.ChatRequest, started: float) -> Answer:
+    choices = await _chat_choices(server, body)
+    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
+    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+
+
+async def respond(server: Server, body: ResponsesRequest, started: float) -> Answer:
+    try:
+        (choice,) = await _chat_choices(server, chat_request(body))
+    except ApiError as error:
+        raise renamed(error) from None
+    if (spec := choice.params.grammar) is not None:
+        spec = msgspec.structs.replace(spec, field=field_name(spec.field))
+        choice.params = msgspec.structs.replace(choice.params, grammar=spec)
+    form = ResponsesForm(server.name, body)
+    return answer(Generation(server.client, server.metrics, [choice], started), form, bool(body.stream))
+
+
+async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice]:
     openai.refuse(body, openai.REFUSED_CHAT)
     openai.check_common(body, server.name)
     if body.max_completion_tokens is not None:
         if body.max_completion_tokens < 1:
             raise field_error("max_completion_tokens", body.max_completion_tokens, "an integer >= 1")
         body.max_tokens = body.max_completion_tokens
-    logprobs, stop, messages = openai.chat_logprobs(body), openai.stops(body), openai.chat_messages(body)
+    talk = Talk(server.formats, body)
+    logprobs, stop = openai.chat_logprobs(body), openai.stops(body)
+    messages = talk.adapted(openai.chat_messages(body))
     try:
-        text = server.tokenizer.chat_prompt(messages, **(body.chat_template_kwargs or {}))
+        text = server.tokenizer.chat_prompt(messages, **talk.variables | (body.chat_template_kwargs or {}))
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error), "messages") from error
     prompt = await server.encode(text, add_special=False)
-    choices = [server.choice(i, prompt, body, "messages", server.context, logprobs, stop) for i in range(body.n or 1)]
-    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
-    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+    rest = prompt, body, "messages", server.context, logprobs, stop, not talk.plain
+    choices = [server.choice(i, *rest) for i in range(body.n or 1)]
+    for choice in choices:
+        talk.attach(choice, text)
+    return choices
 
 
 async def completion(server: Server, body: openai.CompletionRequest, started: float) -> Answer:
     openai.refuse(body, openai.REFUSED_COMPLETION)
     openai.check_common(body, server.name)
     logprobs, stop = openai.completion_logprobs(body), openai.stops(body)
-    given, n = openai.completion_prompts(body), body.n or 1
-    if len(given) * n > openai.MAX_CHOICES:
+    given, n, best_of = openai.completion_prompts(body), body.n or 1, openai.best_of(body)
+    if len(given) * best_of > openai.MAX_CHOICES:
         raise field_error(
-            "prompt", f"{len(given)} prompts, n {n}", f"at most {openai.MAX_CHOICES} choices in a request"
+            "prompt", f"{len(given)} prompts, n {best_of}", f"at most {openai.MAX_CHOICES} choices in a request"
         )
+    silent = openai.silent(body)
+    wanted = 0 if logprobs is None and best_of > n else logprobs
     choices: list[Choice] = []
     for prompt in given:
         ids = await server.encode(prompt, True) if isinstance(prompt, str) else server.check_ids(prompt, "prompt")
-        choices += [server.choice(len(choices) + i, ids, body, "prompt", 16, logprobs, stop) for i in range(n)]
-    form = CompletionForm(server.name, server.tokenizer, _include_usage(body))
+        new = [server.choice(len(choices) + i, ids, body, "prompt", 16, wanted, stop) for i in range(best_of)]
+        for choice in new if body.echo else ():
+            choice.echo, choice.silent = prompt if isinstance(prompt, str) else server.text(ids), silent
+        choices += new
+    form = CompletionForm(server.name, server.tokenizer, _include_usage(body), n, best_of, logprobs is not None)
     return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
 
 
@@ -145,6 +183,7 @@ def make_app(server: Server) -> FastAPI:
 def _add_generation(app: FastAPI, server: Server) -> None:
     routes: Sequence[tuple[str, type[BaseModel], Any]] = (
         ("/v1/chat/completions", openai.ChatRequest, chat),
+        ("/v1/responses", ResponsesRequest, respond),
         ("/v1/completions", openai.CompletionRequest, completion),
         ("/generate", openai.GenerateRequest, generate),
     )

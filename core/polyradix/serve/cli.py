@@ -15,6 +15,7 @@ from polyradix.cache.radix import EvictionPolicy
 from polyradix.engine.config import EngineConfig
 from polyradix.schedule.queue import Policy
 from polyradix.serve.client import set_up_logging
+from polyradix.serve.parsers import REASONING_NAMES, TOOL_NAMES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,15 @@ def _serve(args: argparse.Namespace) -> int:
     given["backend_options"] = dict(args.backend_options)
     serve(
         EngineConfig(**given, progress=args.log_level in ("debug", "info")),
-        ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
+        ServeOptions(
+            args.host,
+            args.port,
+            args.served_model_name,
+            args.log_level,
+            args.max_body,
+            args.tool_call_parser,
+            args.reasoning_parser,
+        ),
     )
     return 0
 
@@ -139,6 +148,9 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
     p.add_argument("--served-model-name", help="the model's name in the API; as given to --model if not given")
     p.add_argument("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
+    why = "how the model %s; auto: as its chat template has it"
+    p.add_argument("--tool-call-parser", default="auto", choices=TOOL_NAMES, help=why % "writes tool calls")
+    p.add_argument("--reasoning-parser", default="auto", choices=REASONING_NAMES, help=why % "writes its reasoning")
     levels = ("debug", "info", "warning", "error")
     p.add_argument("--log-level", default="info", choices=levels, help="debug also shows tracebacks and every request")
 

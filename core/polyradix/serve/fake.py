@@ -37,6 +37,7 @@ class ByteTokenizer:
     eos_ids = frozenset({256})
     special_ids = frozenset({256})
     vocab_size = 257
+    template = ""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         return list(text.encode())

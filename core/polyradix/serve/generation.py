@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from polyradix.schedule.params import SamplingParams
 from polyradix.serve.client import EngineClient, EngineDead
 from polyradix.serve.errors import ApiError
 from polyradix.serve.metrics import Metrics
+from polyradix.serve.parsers.base import Parser
+from polyradix.serve.parsers.feed import Event, Text
 from polyradix.serve.replies import Finish
 from polyradix.serve.terms import Terms
 
@@ -31,6 +34,8 @@ class Tokens(Protocol):
     def special_ids(self) -> frozenset[int]: ...
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def template(self) -> str: ...
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
     def token_bytes(self, token: int) -> bytes: ...
     def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str: ...
@@ -38,17 +43,22 @@ class Tokens(Protocol):
 
 @dataclass
 class Piece:
-    """What one step added to a choice. `entries` are tokens whose text is out, with logprobs if asked for."""
+    """What one step added to a choice. `entries` are tokens whose text is out, with logprobs if asked for. `events` are
+    what a parser made of the text; without one, the text."""
 
     text: str
     tokens: list[int]
     entries: list[tuple[int, TokenLogProbs]]
     finish: Finish | None
+    events: list[Event]
 
 
 @dataclass
 class Choice:
-    """One completion. `shown` counts characters of logprob entries given out so far (for text_offset)."""
+    """One completion. `shown` counts characters of logprob entries given out so far (for text_offset).
+
+    `echo` is given out before everything else. With `silent` nothing generated is: the engine has to generate a token.
+    """
 
     index: int
     prompt: list[int]
@@ -61,12 +71,17 @@ class Choice:
     cached_tokens: int = 0
     finish: Finish | None = None
     shown: int = 0
+    echo: str = ""
+    silent: bool = False
+    parser: Parser | None = None
+    new_id: Callable[[], str] | None = None  # of a tool call
 
     def __post_init__(self) -> None:
         self._detokenizer = Detokenizer(self.tokenizer, self.stop)
         self._held: list[tuple[int, int, TokenLogProbs]] = []  # (start byte, token, its logprobs)
         self._token_bytes = 0
         self._text_bytes = 0
+        self._echoed = len(self.prompt) if self.params.prompt_logprobs else 0  # tokens of the prompt yet to come
 
     def submit(self) -> Submit:
         t, tokens = self.terms, np.asarray(self.prompt, "<i4").tobytes()
@@ -76,6 +91,9 @@ class Choice:
         """Raises ApiError if the engine gave up on it."""
         if chunk.finish in ("error", "abort"):
             raise _engine_error(chunk)
+        entries = self._prompt_entries(chunk)
+        if self.silent:
+            chunk.tokens, chunk.logprobs, chunk.stop_token = [], None, None
         self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
         visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
         text, used = self._detokenizer.take(visible)
@@ -87,9 +105,38 @@ class Choice:
         if self._detokenizer.stopped:
             self.finish = "stop"
         elif chunk.finish == "stop" or chunk.finish == "length":
-            self.finish = chunk.finish
-        entries = self._entries(visible, chunk.logprobs or [], text)
-        return Piece(text, chunk.tokens, entries, self.finish)
+            self.finish = "length" if self.silent else chunk.finish
+        entries += self._entries(visible, chunk.logprobs or [], text)
+        text, self.echo = self.echo + text, ""
+        events = self._events(text)
+        return Piece(text, chunk.tokens, entries, self.finish, events)
+
+    def _events(self, text: str) -> list[Event]:
+        if self.parser is None:
+            return [Text(text)] if text else []
+        events = self.parser.push(text)
+        if self.parser.done:
+            self.finish = "stop"
+        if self.finish is not None:
+            events += self.parser.finish()
+        if self.finish == "stop" and self.parser.calls:
+            self.finish = "tool_calls"
+        return events
+
+    def _prompt_entries(self, chunk: Chunk) -> list[tuple[int, TokenLogProbs]]:
+        """Of the prompt's tokens in the chunk, which are taken out of it. The prompt's first token has none: NaN."""
+        if not self._echoed:
+            return []
+        out: list[tuple[int, TokenLogProbs]] = []
+        if self._echoed == len(self.prompt):
+            out.append((self.prompt[0], TokenLogProbs(math.nan, [])))
+            self._echoed -= 1
+        count = min(self._echoed, len(chunk.tokens))
+        logprobs = chunk.logprobs or []
+        out += zip(chunk.tokens[:count], logprobs[:count], strict=True)
+        chunk.tokens, chunk.logprobs = chunk.tokens[count:], logprobs[count:]
+        self._echoed -= count
+        return out
 
     def _entries(self, tokens: list[int], logprobs: list[TokenLogProbs], text: str) -> list[tuple[int, TokenLogProbs]]:
         """Logprobs whose text is out: while a stop string may be starting, they wait with the text; if it was one, they

@@ -6,6 +6,7 @@ silence. Fields nobody knows are ignored.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,8 @@ from polyradix.serve.structured import grammar
 
 MAX_CHOICES = 1024  # prompts times n, in one request
 MAX_STOPS = 4
+PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+GIVEN = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens", *PENALTIES)  # taken as they are
 
 
 class Body(BaseModel):
@@ -31,6 +34,11 @@ class Sampling(Body):
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    min_tokens: int | None = None
     seed: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
@@ -60,10 +68,36 @@ class Part(Body):
     text: str
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part]
+    content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class Function(Body):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
 
 
 class ChatRequest(OpenAIBody):
@@ -72,11 +106,17 @@ class ChatRequest(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
 
 
 class CompletionRequest(OpenAIBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
 
 
 class GenerateRequest(Sampling):
@@ -87,36 +127,18 @@ class GenerateRequest(Sampling):
 
 
 # Fields that are not done, with the values that ask for nothing.
-_PENALTIES: dict[str, tuple[object, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-}
-REFUSED_CHAT: Mapping[str, tuple[object, ...]] = _PENALTIES | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+REFUSED_CHAT: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "store": (False,),
 }
-REFUSED_COMPLETION: Mapping[str, tuple[object, ...]] = _PENALTIES | {
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-}
-REFUSED_MESSAGE: Mapping[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "function_call": (),
-    "audio": (),
-}
+REFUSED_COMPLETION: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
+REFUSED_MESSAGE: Mapping[str, tuple[object, ...]] = {"function_call": (), "audio": ()}
 
 
 def refuse(body: Body, refused: Mapping[str, tuple[object, ...]], where: str = "") -> None:
@@ -146,15 +168,35 @@ def stops(body: OpenAIBody) -> tuple[str, ...]:
 
 
 def chat_messages(body: ChatRequest) -> list[dict[str, Any]]:
-    """For the chat template: text only, `developer` is what `system` is called in newer models."""
+    """For the chat template: text only, `developer` is what `system` is called in newer models, arguments of calls are
+    objects."""
     out: list[dict[str, Any]] = []
     for i, message in enumerate(body.messages):
         refuse(message, REFUSED_MESSAGE, f"messages[{i}].")
         content = message.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        if content is None and not (message.role == "assistant" and message.tool_calls):
+            raise field_error(f"messages[{i}].content", content, "a string, or text parts")
+        text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
         role = "system" if message.role == "developer" else message.role
-        out.append({"role": role, "content": text} | ({"name": message.name} if message.name else {}))
+        more = {k: v for k in ("name", "tool_call_id", "reasoning_content") if (v := getattr(message, k))}
+        out.append({"role": role, "content": text} | more)
+        if message.tool_calls:
+            field = f"messages[{i}].tool_calls"
+            calls = [_call(call, f"{field}[{j}]") for j, call in enumerate(message.tool_calls)]
+            out[-1]["tool_calls"] = calls
     return out
+
+
+def _call(call: ToolCall, field: str) -> dict[str, Any]:
+    given = call.function.arguments
+    try:
+        arguments = json.loads(given or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise field_error(f"{field}.function.arguments", given, "a JSON object as a string")
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def chat_logprobs(body: ChatRequest) -> int | None:
@@ -173,6 +215,25 @@ def completion_logprobs(body: CompletionRequest) -> int | None:
     return body.logprobs
 
 
+def best_of(body: CompletionRequest) -> int:
+    n, best = body.n or 1, body.best_of
+    if best is None:
+        return n
+    if not n <= best <= 128:
+        raise field_error("best_of", best, f"an integer from n ({n}) to 128")
+    if best > n and body.stream:
+        raise field_error("best_of", best, f"n ({n}) with stream: only complete outputs can be compared")
+    return best
+
+
+def silent(body: CompletionRequest) -> bool:
+    """An echo of the prompt, and nothing else. It still takes the engine a token."""
+    if not body.echo or body.max_tokens != 0:
+        return False
+    body.max_tokens = 1
+    return True
+
+
 def completion_prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
@@ -184,6 +245,15 @@ def completion_prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
     return prompt
 
 
+def _bias(given: Mapping[str, float], vocab: int) -> dict[int, float]:
+    out: dict[int, float] = {}
+    for token, value in given.items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocab):
+            raise field_error("logit_bias", token, f"token ids from 0 to {vocab - 1} as keys")
+        out[int(token)] = value
+    return out
+
+
 def sampling(body: Sampling, max_tokens: int, room: int, vocab: int, logprobs: int | None) -> SamplingParams:
     """Checked. `max_tokens` is the default; the engine is never asked for more than the `room` after the prompt."""
     wanted = max_tokens if body.max_tokens is None else body.max_tokens
@@ -191,14 +261,13 @@ def sampling(body: Sampling, max_tokens: int, room: int, vocab: int, logprobs: i
     for token in ids:
         if not 0 <= token < vocab:
             raise field_error("stop_token_ids", token, f"token ids from 0 to {vocab - 1}")
-    given = {
-        name: value
-        for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
-        if (value := getattr(body, name)) is not None
-    }
+    given = {name: value for name in GIVEN if (value := getattr(body, name)) is not None}
+    given["logit_bias"] = _bias(body.logit_bias or {}, vocab)
     spec = grammar(body.response_format, body.structured_outputs)
     most = min(wanted, room)
-    params = SamplingParams(max_tokens=most, stop_token_ids=ids, logprobs=logprobs, grammar=spec, **given)
+    echo = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
+    fixed: dict[str, Any] = {"max_tokens": most, "stop_token_ids": ids, "logprobs": logprobs, "prompt_logprobs": echo}
+    params = SamplingParams(grammar=spec, **fixed, **given)
     try:
         params.check()
     except InvalidParam as error:

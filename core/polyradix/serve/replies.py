@@ -9,7 +9,7 @@ from msgspec import UNSET, UnsetType
 
 from polyradix.engine.messages import TokenLogProbs
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(msgspec.Struct):
@@ -43,14 +43,33 @@ class ChatLogProbs(msgspec.Struct):
 
 class CompletionLogProbs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]  # None for the first of an echoed prompt
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
+class FunctionDelta(msgspec.Struct):
+    arguments: str = ""
+    name: str | UnsetType = UNSET
+
+
+class ToolCall(msgspec.Struct):
+    """Of a stream: `index`, and only at its beginning id, type and name. In a whole message: all but the index."""
+
+    function: FunctionDelta
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class Delta(msgspec.Struct, omit_defaults=True):
+    """Reasoning is in both fields, as clients look for the one or the other."""
+
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class DeltaChoice(msgspec.Struct):
@@ -61,9 +80,12 @@ class DeltaChoice(msgspec.Struct):
 
 
 class AnswerMessage(msgspec.Struct):
-    content: str
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class MessageChoice(msgspec.Struct):

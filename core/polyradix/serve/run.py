@@ -34,6 +34,8 @@ class ServeOptions:
     name: str | None = None  # the model's name in the API; None: as it was given
     log_level: str = "info"
     max_body: int = MAX_BODY  # bytes
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,7 +58,8 @@ def serve(config: EngineConfig, options: ServeOptions) -> None:
     with contextlib.closing(listen(options.host, options.port)) as sock:
         tokenizer = load_tokenizer(open_checkpoint(config.model, load_format=config.load_format))
         client = EngineClient(EngineProcess(config, options.log_level))
-        server = Server(client, tokenizer, options.name or config.model, options.max_body)
+        parsers = options.tool_parser, options.reasoning_parser
+        server = Server(client, tokenizer, options.name or config.model, options.max_body, *parsers)
         http = _Http(
             uvicorn.Config(
                 make_app(server),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.batch import Adjust, HostBatch, SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.null import entry
 from polyradix.backend.protocol import KVSpec, Limits, Params, ParamSpec
@@ -68,7 +69,7 @@ def test_steps_take_their_time_off_the_callers_thread() -> None:
     assert time.monotonic() - start >= 0.15
 
 
-def test_a_mask_is_declined() -> None:
+def test_masks_and_adjustments_are_declined() -> None:
     backend = entry.create()
     batch = samples([1], [1])
     masked = SampleBatch(
@@ -76,3 +77,5 @@ def test_a_mask_is_declined() -> None:
     )
     with pytest.raises(Unsupported, match="mask"):
         backend.sample(None, masked)
+    with pytest.raises(Unsupported, match="adjust"):
+        backend.sample(None, replace(batch, adjust=Adjust(batch.seed, batch.seed, batch.top_p, batch.min_p)))

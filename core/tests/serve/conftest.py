@@ -65,10 +65,10 @@ class Live:
 
 
 @contextlib.contextmanager
-def live_server(engine: FakeEngine, **options: Any) -> Iterator[Live]:
+def live_server(engine: FakeEngine, tokenizer: Any = None, **options: Any) -> Iterator[Live]:
     sock = listen("127.0.0.1", 0)
     client = EngineClient(engine)
-    server = Server(client, ByteTokenizer(), "fake", **options)
+    server = Server(client, tokenizer or ByteTokenizer(), "fake", **options)
     http = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, lifespan="off"))
 
     async def run() -> None:
@@ -111,7 +111,7 @@ def slow() -> Iterator[Live]:
         yield it
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_live() -> Callable[..., contextlib.AbstractContextManager[Live]]:
     return live_server
 

@@ -115,7 +115,7 @@ def ending_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     shutil.copytree(model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
-    process = Process(folder, "numpy")
+    process = Process(folder, "numpy", "--tool-call-parser", "hermes")
     yield process
     process.close()
     assert process.process.returncode == 0
@@ -188,6 +188,102 @@ def test_a_grammar_that_cannot_be_met_is_the_clients_error(
     reply = httpx.post(ending_server.url + "/v1/completions", json=body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
     assert reason in reply.json()["error"]["message"]
+
+
+TOOL: Any = {"type": "function", "function": {"name": "person", "parameters": SCHEMA}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_must_come(ending_server: Process, stream: bool) -> None:
+    """The model is random; its calls are right."""
+    named = {"type": "function", "function": {"name": "person"}}
+    with openai.OpenAI(base_url=ending_server.url + "/v1", api_key="none", max_retries=0) as client:
+        for seed, choice in enumerate(["required", named]):
+            got: Any = client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": "Who?"}],
+                tools=[TOOL],
+                tool_choice=choice,
+                parallel_tool_calls=False,
+                seed=seed,
+                stream=stream,
+            )
+            chunks = [c.choices[0] for c in (got if stream else [got])]
+            calls = [call for c in chunks for call in (c.delta if stream else c.message).tool_calls or []]
+            assert calls[0].function.name == "person"
+            jsonschema.validate(json.loads("".join(call.function.arguments for call in calls)), SCHEMA)
+            assert chunks[-1].finish_reason == "tool_calls"
+        flat = {"type": "function", "name": "person", "parameters": SCHEMA, "strict": True}
+        answer = client.responses.create(
+            model="tiny", input="Who?", tools=[flat], tool_choice="required", parallel_tool_calls=False
+        )
+        (item,) = answer.output
+        assert item.type == "function_call"
+        jsonschema.validate(json.loads(item.arguments), SCHEMA)
+        form: Any = {"type": "json_schema", "name": "p", "schema": SCHEMA}
+        jsonschema.validate(json.loads(client.responses.create(input="x", text={"format": form}).output_text), SCHEMA)
+
+
+def test_a_tool_that_cannot_be_kept_is_named(ending_server: Process) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "required"}
+    for stream in (False, True):
+        reply = httpx.post(ending_server.url + "/v1/chat/completions", json=body | {"stream": stream})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, "tools")
+
+
+def test_biases_and_least_lengths(ending_server: Process) -> None:
+    """Token 32 is A; token 0 ends an output."""
+    with openai.OpenAI(base_url=ending_server.url + "/v1", api_key="none", max_retries=0) as client:
+
+        def text(**extra: Any) -> tuple[str, int]:
+            answer = client.completions.create(
+                model="tiny", prompt="x", temperature=0, max_tokens=9, logit_bias={"32": 90}, extra_body=extra
+            )
+            assert answer.usage is not None
+            return answer.choices[0].text, answer.usage.completion_tokens
+
+        assert text() == ("A" * 9, 9)
+        assert text(logit_bias={"32": 90, "0": 100}) == ("", 1)
+        assert text(logit_bias={"32": 90, "0": 100}, min_tokens=4) == ("AAAA", 5)
+        extra = {"frequency_penalty": 2, "presence_penalty": 2, "repetition_penalty": 50, "min_tokens": 9}
+        unlike = client.completions.create(model="tiny", prompt="x", max_tokens=9, logprobs=0, extra_body=extra)
+        assert unlike.choices[0].logprobs is not None
+        assert len(set(unlike.choices[0].logprobs.tokens or [])) == 9
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_an_echo(ending_server: Process, stream: bool) -> None:
+    with openai.OpenAI(base_url=ending_server.url + "/v1", api_key="none", max_retries=0) as client:
+        prompt, entries = "An echo!", list[float]()
+        for n in range(1, len(prompt)):  # each next token by itself, forced by a bias
+            token = ord(prompt[n]) - 33 if prompt[n] != " " else None
+            bias = {} if token is None else {str(token): 100}
+            answer = client.completions.create(
+                model="tiny", prompt=prompt[:n], temperature=0, max_tokens=1, logprobs=0, logit_bias=bias
+            )
+            logprobs = answer.choices[0].logprobs
+            assert logprobs is not None
+            if token is not None and token != 0:
+                assert logprobs.tokens == [prompt[n]]
+                entries += logprobs.token_logprobs or []
+        got: Any = client.completions.create(
+            model="tiny", prompt=prompt, echo=True, max_tokens=0, logprobs=2, stream=stream
+        )
+        chunks = [c.choices[0] for c in (got if stream else [got])]
+    assert "".join(c.text for c in chunks) == prompt
+    tokens = [t for c in chunks if c.logprobs for t in c.logprobs.tokens]
+    values = [t for c in chunks if c.logprobs for t in c.logprobs.token_logprobs]
+    assert tokens == list(prompt)
+    assert values[0] is None
+    kept = [v for t, v in zip(tokens[1:], values[1:], strict=True) if t not in " !"]
+    assert kept == pytest.approx(entries, abs=1e-3)
+
+
+def test_best_of(ending_server: Process) -> None:
+    body = {"prompt": "x", "best_of": 3, "max_tokens": 5, "ignore_eos": True, "seed": 1}
+    reply = httpx.post(ending_server.url + "/v1/completions", json=body).json()
+    assert (len(reply["choices"]), reply["usage"]["completion_tokens"]) == (1, 15)
 
 
 def test_grammars_need_a_token_that_ends(numpy_server: Process) -> None:

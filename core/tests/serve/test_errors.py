@@ -133,11 +133,23 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (TEXT, {"prompt": "x", "stream": "yes"}, "stream"),
     (TEXT, {"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options"),
     (TEXT, {"prompt": "x", "stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-    (TEXT, {"prompt": "x", "echo": True}, "echo"),
-    (TEXT, {"prompt": "x", "best_of": 2}, "best_of"),
+    (TEXT, {"prompt": "x", "echo": 1}, "echo"),
+    (TEXT, {"prompt": "x", "best_of": 0}, "best_of"),
+    (TEXT, {"prompt": "x", "best_of": 1, "n": 2}, "best_of"),
+    (TEXT, {"prompt": "x", "best_of": 129}, "best_of"),
+    (TEXT, {"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
+    (TEXT, {"prompt": ["x"] * 600, "best_of": 2}, "prompt"),
     (TEXT, {"prompt": "x", "suffix": "y"}, "suffix"),
-    (TEXT, {"prompt": "x", "frequency_penalty": 0.1}, "frequency_penalty"),
-    (TEXT, {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "frequency_penalty": 2.1}, "frequency_penalty"),
+    (TEXT, {"prompt": "x", "repetition_penalty": 0}, "repetition_penalty"),
+    (TEXT, {"prompt": "x", "min_tokens": 17}, "min_tokens"),
+    (TEXT, {"prompt": "x", "min_tokens": -1}, "min_tokens"),
+    (TEXT, {"prompt": "x", "logit_bias": {"257": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"1": 100.5}}, "logit_bias"),
+    (TEXT, {"prompt": "x", "logit_bias": {"1": "5"}}, "logit_bias.1"),
+    (TEXT, {"prompt": "x", "logit_bias": [1]}, "logit_bias"),
     (TEXT, {"prompt": "x", "model": 5}, "model"),
     (CHAT, {}, "messages"),
     (CHAT, {"messages": []}, "messages"),
@@ -148,17 +160,43 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]}, "messages[0].content[0].text"),
-    (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
+    (CHAT, {"messages": [{"role": "assistant"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "assistant", "tool_calls": []}]}, "messages[0].content"),
+    *[
+        (
+            CHAT,
+            {"messages": [*HELLO, {"role": "assistant", "tool_calls": [called]}]},
+            f"messages[1].tool_calls[0].{field}",
+        )
+        for called, field in (
+            ({"type": "function", "function": {"name": "f", "arguments": "{}"}}, "id"),
+            ({"id": "1", "type": "x", "function": {"name": "f", "arguments": "{}"}}, "type"),
+            ({"id": "1", "type": "function", "function": {"arguments": "{}"}}, "function.name"),
+            ({"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}, "function.arguments"),
+            ({"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}, "function.arguments"),
+            (
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 10**5}},
+                "function.arguments",
+            ),
+        )
+    ],
     (CHAT, {"messages": [{"role": "assistant", "content": "refused by the template"}]}, "messages"),
     (CHAT, {"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "messages"),
     (CHAT, {"messages": HELLO, "max_completion_tokens": 0}, "max_completion_tokens"),
     (CHAT, {"messages": HELLO, "logprobs": 1}, "logprobs"),
     (CHAT, {"messages": HELLO, "top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    (CHAT, {"messages": HELLO, "tools": [{}]}, "tools"),
+    (CHAT, {"messages": HELLO, "tools": {}}, "tools"),
+    (CHAT, {"messages": HELLO, "tools": [{}]}, "tools[0].type"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, {"messages": HELLO, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     (CHAT, {"messages": HELLO, "tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"messages": HELLO, "tool_choice": "any"}, "tool_choice"),
+    (CHAT, {"messages": HELLO, "parallel_tool_calls": 1}, "parallel_tool_calls"),
+    (CHAT, {"messages": HELLO, "reasoning_effort": "high"}, "reasoning_effort"),
     *[(path, body | {field: value}, param) for field, value, param in STRUCTURED for path, body in STRUCTURED_ON],
-    (CHAT, {"messages": HELLO, "presence_penalty": 1}, "presence_penalty"),
+    (CHAT, {"messages": HELLO, "presence_penalty": -3}, "presence_penalty"),
     (CHAT, {"messages": HELLO, "modalities": ["audio"]}, "modalities"),
     (NATIVE, {}, "input_ids"),
     (NATIVE, {"input_ids": []}, "input_ids"),
@@ -286,14 +324,28 @@ FIELDS = [
     "cache_salt",
     "extra_key",
     "user",
+    "tools",
+    "tool_choice",
+    "logit_bias",
+    "min_tokens",
+    "presence_penalty",
+    "echo",
+    "best_of",
+    "input",
+    "text",
+    "reasoning",
+    "instructions",
 ]
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
-@given(path=st.sampled_from([CHAT, TEXT, NATIVE]), body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5))
+@given(
+    path=st.sampled_from([CHAT, TEXT, NATIVE, "/v1/responses"]),
+    body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5),
+)
 def test_never_a_500(live: Any, path: str, body: dict[str, Any]) -> None:
-    text = json.dumps({"prompt": "x", "messages": HELLO, "input_ids": [1]} | body)
+    text = json.dumps({"prompt": "x", "messages": HELLO, "input_ids": [1], "input": "x"} | body)
     response = live.http.post(path, content=text, headers={"content-type": "application/json"})
     assert response.status_code in (200, 400), response.text

@@ -7,6 +7,8 @@ from typing import Any
 import openai
 import pytest
 
+from polyradix.serve.fake import FakeEngine
+
 
 @pytest.fixture
 def client(live: Any) -> Any:
@@ -193,3 +195,51 @@ def test_errors_have_the_clients_types(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
         client.completions.create(model="fake", prompt="x", temperature=3)
     assert bad.value.param == "temperature"
+
+
+def test_penalties_reach_the_engine(live: Any, client: Any) -> None:
+    fields = {"frequency_penalty": 0.5, "presence_penalty": -1.0, "logit_bias": {"65": 2, "7": -100}}
+    extra = {"repetition_penalty": 1.25, "min_tokens": 3}
+    client.completions.create(model="fake", prompt="x", extra_body=extra, **fields)
+    client.chat.completions.create(model="fake", messages=chat("x"), extra_body=extra, **fields)
+    for params in (s.params for s in live.engine.submits):
+        assert (params.frequency_penalty, params.presence_penalty, params.repetition_penalty) == (0.5, -1.0, 1.25)
+        assert (params.logit_bias, params.min_tokens) == ({65: 2.0, 7: -100.0}, 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["grüße", "ab"])
+def test_echo(client: Any, prompt: str, stream: bool) -> None:
+    got = client.completions.create(
+        model="fake", prompt=[prompt, "cd"], echo=True, max_tokens=1, stop="q", stream=stream
+    )
+    texts = ["", ""]
+    for chunk in got if stream else [got]:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [prompt + prompt[0], "cdc"]
+
+
+def test_echo_alone(client: Any) -> None:
+    answer = client.completions.create(model="fake", prompt=[97, 98], echo=True, max_tokens=0)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("ab", "length")
+    assert answer.usage.completion_tokens == 0
+
+
+def test_best_of(make_live: Any) -> None:
+    """The engine's answers: seed s gives s tokens more likely the higher s is; the best have the highest mean."""
+    worth = {10: -3.0, 11: -0.5, 12: -2.0, 13: -1.0}
+
+    class Engine(FakeEngine):
+        def _step(self, rid: str) -> Any:
+            seed = self._running[rid][0].params.seed
+            chunk = super()._step(rid)
+            for entry in chunk.logprobs or []:
+                entry.logprob = worth[seed]
+            return chunk
+
+    with make_live(Engine(lambda s: [97 + s.params.seed - 10] * (s.params.seed - 9))) as live:
+        client = openai.OpenAI(base_url=live.url + "/v1", api_key="x")
+        answer = client.completions.create(model="fake", prompt="x", n=2, best_of=4, seed=10)
+        assert [(c.index, c.text, c.logprobs) for c in answer.choices] == [(0, "bb", None), (1, "dddd", None)]
+        assert answer.usage.completion_tokens == 1 + 2 + 3 + 4
