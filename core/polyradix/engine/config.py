@@ -27,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int | None = None  # tokens per KV page
     policy: Literal["lpm", "fcfs"] = "lpm"
     radix: bool = True  # reuse prefixes across requests
+    embeddings: bool = False  # serve them, at the cost of one [hidden, hidden] weight
     emulate: bool = False
     seed: int = 0  # for requests that bring none, and for dummy weights
     progress: bool = True  # show a bar while loading

@@ -20,8 +20,9 @@ from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.config import ConfigError, EngineConfig
+from polyradix.engine.forward import Forward, ForwardError, identity
 from polyradix.engine.grammars import Gate, masked
-from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
+from polyradix.engine.messages import Chunk, Read, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
 from polyradix.engine.tokenizer import load_tokenizer
 from polyradix.grammar.compiler import LlgCompiler
@@ -75,6 +76,9 @@ class EngineCore:
         self._params = load_params(
             checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
         )
+        hidden = None
+        if config.embeddings:
+            hidden = identity(self.backend, self._params, self.spec.hidden, self.dtype)
         self.timeline.done("weights")
         try:
             self._make_cache(config, limits)
@@ -94,6 +98,14 @@ class EngineCore:
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
         self._gate = Gate(compiler)
+        self._forward = Forward(
+            self.backend,
+            self.scheduler,
+            limits,
+            self.spec.vocab,
+            (self._step, self._params),
+            hidden and (self.backend.compile(make_step(self.spec), limits), hidden),
+        )
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
@@ -142,7 +154,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._gate.has_work
+        return self.scheduler.has_work or self._gate.has_work or self._forward.has_work
 
     def submit(self, rid: str, tokens: np.ndarray, params: SamplingParams, namespace: str = "") -> None:
         """Queue a request with prompt `tokens` (int32 [n]). Raises InvalidParam if it can never be served; of one with
@@ -162,9 +174,13 @@ class EngineCore:
             raise InvalidParam(params.grammar.field, params.grammar.kind, needs)
         self._gate.put(req, params.grammar)
 
+    def read(self, read: Read) -> None:
+        """Queue a forward pass. Raises InvalidParam if it can never be served."""
+        self._forward.submit(read)
+
     def abort(self, rid: str) -> bool:
         """Drop a request; its pages are free as soon as no launched step uses them. False if it is not known."""
-        known = self._gate.abort(rid) or self.scheduler.abort(rid)
+        known = self._gate.abort(rid) or self.scheduler.abort(rid) or self._forward.abort(rid)
         self._stats.aborted += known
         return known
 
@@ -195,6 +211,8 @@ class EngineCore:
             wait, more = self._harvest()
             waited += wait
             chunks += more
+        if self._forward.has_work and not self.lost:
+            chunks += self._read()
         elapsed = time.perf_counter() - begin
         self._stats.steps += plan is not None
         self._stats.step_seconds += elapsed
@@ -251,6 +269,16 @@ class EngineCore:
             logprobs = (self.backend.fetch(lp.chosen), self.backend.fetch(lp.ids), self.backend.fetch(lp.values))
         self._flights.append(_Flight(plan, samples, self.backend.fetch(samples), logprobs))
         return waited
+
+    def _read(self) -> list[Chunk]:
+        try:
+            self._kv, chunks = self._forward.step(self._kv)
+        except ForwardError as error:
+            log.error("a forward pass failed", exc_info=error.__cause__)
+            if isinstance(error.__cause__, DeviceLost):
+                self.lost = str(error.__cause__)
+            return error.chunks
+        return chunks
 
     def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
         """With the mask of its grammars. A request whose grammar fails is ended."""
@@ -318,4 +346,5 @@ def _chunk(o: Output) -> Chunk:
         stop_token=o.stop_token,
         prompt_tokens=o.prompt_tokens,
         cached_tokens=o.cached_tokens,
+        queue_seconds=o.queue_seconds,
     )

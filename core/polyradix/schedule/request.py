@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from polyradix.backend.batch import I32
@@ -34,6 +36,8 @@ class Request:
 
         # The scheduler's own.
         self.arrival = 0
+        self.born = time.monotonic()
+        self.queue_seconds = 0.0  # until first admission
         self.limit = 0  # prompt and outputs together end here
         self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied
