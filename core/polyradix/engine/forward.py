@@ -51,7 +51,7 @@ Part = tuple[Job, int, int]  # a row: tokens from, and how many
 
 
 def identity(backend: Backend, params: Params, hidden: int, dtype: DType) -> Params:
-    """`params` with the logits weight replaced by the identity [H,H]: a step then returns hidden states [S,H] float32."""
+    """`params` with the identity [H,H] as the logits weight: a step then returns hidden states [S,H] float32."""
     spec = ParamSpec("logits", "logits", (hidden, hidden), dtype, shard_axis=0)
     one: HostArray = np.eye(hidden, dtype=np.float32)
     return Params(params.top | {"logits": backend.pack(spec, lambda part="weight": one)}, params.layers)

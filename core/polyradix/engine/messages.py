@@ -12,12 +12,14 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Submit(msgspec.Struct, tag=True):
-    """A new request. `tokens` is the prompt, int32 little-endian. `namespace` separates prefix caches."""
+    """A new request. `tokens` is the prompt, int32 little-endian. `namespace` separates prefix caches, `tenant` is the
+    name of the API key."""
 
     rid: str
     tokens: bytes
     params: SamplingParams
     namespace: str = ""
+    tenant: str = ""
 
 
 class Read(msgspec.Struct, tag=True):

@@ -16,7 +16,18 @@ import zmq
 
 from polyradix.engine.config import EngineConfig
 from polyradix.engine.core import EngineCore
-from polyradix.engine.messages import Abort, Chunk, Chunks, Failed, FlushCache, FromEngine, Read, Ready, Submit, ToEngine
+from polyradix.engine.messages import (
+    Abort,
+    Chunk,
+    Chunks,
+    Failed,
+    FlushCache,
+    FromEngine,
+    Read,
+    Ready,
+    Submit,
+    ToEngine,
+)
 from polyradix.schedule.params import InvalidParam
 
 log = logging.getLogger(__name__)

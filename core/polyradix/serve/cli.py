@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,10 @@ def _serve(args: argparse.Namespace) -> int:
     from polyradix.serve.run import ServeOptions, serve
 
     given = {name: value for name, value in vars(args).items() if name in EngineConfig.__struct_fields__}
-    given["backend_options"] = dict(args.backend_options)
-    serve(
-        EngineConfig(**given, progress=args.log_level in ("debug", "info")),
-        ServeOptions(args.host, args.port, args.served_model_name, args.log_level, args.max_body),
-    )
+    given |= {"backend_options": dict(args.backend_options), "embeddings": args.pooling is not None}
+    options = {f.name: getattr(args, f.name) for f in fields(ServeOptions)}
+    options |= {name: tuple(options[name]) for name in ("api_keys", "cors_origins")}
+    serve(EngineConfig(**given, progress=args.log_level in ("debug", "info")), ServeOptions(**options))
     return 0
 
 
@@ -126,10 +126,39 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--option", dest="backend_options", help=text, **option)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
-    p.add_argument("--served-model-name", help="the model's name in the API; as given to --model if not given")
-    p.add_argument("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
+    p.add_argument(
+        "--served-model-name", dest="name", help="the model's name in the API; as given to --model if not given"
+    )
+    p.add_argument("--embeddings", dest="pooling", choices=("last", "mean"), help="serve embeddings, pooled so")
+    _operator_options(p)
     levels = ("debug", "info", "warning", "error")
     p.add_argument("--log-level", default="info", choices=levels, help="debug also shows tracebacks and every request")
+
+
+def _operator_options(p: argparse.ArgumentParser) -> None:
+    """What docs/operations.md is about."""
+    add = p.add_argument
+    add("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
+    add("--max-prompt", type=_positive, help="tokens of the longest prompt; the context's if not given")
+    text = "most output tokens that a request may ask for; the context's if not given"
+    add("--max-tokens-limit", dest="max_tokens", type=_positive, help=text)
+    add("--api-key", dest="api_keys", action="append", default=[], help="a key that clients must send; may be repeated")
+    add("--api-key-file", type=Path, help="named keys with limits, TOML or JSON; see docs/operations.md")
+    add("--admin-key", help="a key for the operator's routes, as /flush_cache")
+    text = "a web page's origin that may call the API; may be repeated"
+    add("--cors-origin", dest="cors_origins", action="append", default=[], help=text)
+    add("--ssl-certfile", type=Path, help="PEM; serves HTTPS")
+    add("--ssl-keyfile", type=Path, help="PEM, if it is not in --ssl-certfile")
+    text = "how long running requests may go on after SIGTERM"
+    add("--drain-timeout", dest="drain_seconds", type=float, default=30.0, metavar="SECONDS", help=text)
+    add("--otlp-endpoint", metavar="URL", help="where OpenTelemetry spans go, as http://localhost:4318/v1/traces")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer >= 1")
+    return value
 
 
 if __name__ == "__main__":

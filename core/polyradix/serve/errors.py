@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,18 +17,27 @@ SHOWN = 80  # characters of a bad value that a message repeats
 class ApiError(Exception):
     """Answered with `status` and OpenAI's error object. `param` is the request field at fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
+        self.headers = headers
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> bytes:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     def response(self) -> Response:
-        return Response(self.body(), self.status, media_type="application/json")
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
 
 
 def show(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Embeddings and prompt logprobs of a tiny model against transformers, both in float32, while requests are generated."""
+"""Embeddings and prompt logprobs of a tiny model against transformers, in float32, while others are generated."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def slow() -> Iterator[Live]:
         yield it
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_live() -> Callable[..., contextlib.AbstractContextManager[Live]]:
     return live_server
 
