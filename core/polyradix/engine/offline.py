@@ -44,6 +44,7 @@ class Piece:
     text: str
     tokens: list[int]
     finish: FinishReason | None
+    cached_tokens: int
 
 
 class _Run:
@@ -66,7 +67,7 @@ class _Run:
             text += self._text.finish()
         done.text += text
         done.finish = "stop" if self._text.stopped else chunk.finish
-        self.pieces.append(Piece(text, chunk.tokens, done.finish))
+        self.pieces.append(Piece(text, chunk.tokens, done.finish, done.cached_tokens))
 
 
 class Engine:

@@ -73,8 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model over HTTP", formatter_class=_Defaults)
     _model_options(serve)
+    _engine_options(serve)
     _serve_options(serve)
     serve.set_defaults(run=_serve)
+    _add_bench(commands.add_parser("bench", help="measure a server, or an engine in this process"))
     check = commands.add_parser(
         "check", help="say whether a model can run on a device, reading no weights", formatter_class=_Defaults
     )
@@ -87,6 +89,16 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--path", type=Path, help="folder to write; ./polyradix-NAME if not given")
     new.set_defaults(run=_new_backend)
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from polyradix.bench.cli import add_arguments
+
+    def engine(p: argparse.ArgumentParser) -> None:
+        _model_options(p)
+        _engine_options(p)
+
+    add_arguments(parser, engine)
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -107,7 +119,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
 
 
-def _serve_options(p: argparse.ArgumentParser) -> None:
+def _engine_options(p: argparse.ArgumentParser) -> None:
     defaults = EngineConfig(model="")
 
     def add(flag: str, field: str, text: str, **kwargs: Any) -> None:
@@ -119,11 +131,14 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--mem-fraction", "mem_fraction", "share of free memory for KV; the backend's if not given", type=float)
     add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
     add("--policy", "policy", "which waiting request goes first", choices=("lpm", "fcfs"))
-    add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
     p.add_argument("--no-radix", dest="radix", action="store_false", help="do not reuse prefixes across requests")
     text = "an option of the backend, which its guide under docs/ names; may be repeated"
     option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
     p.add_argument("--option", dest="backend_options", help=text, **option)
+
+
+def _serve_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--seed", type=int, default=0, help="for requests that bring none, and for dummy weights")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
     p.add_argument(
