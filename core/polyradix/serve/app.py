@@ -19,6 +19,7 @@ from polyradix.serve import openai, reading, text
 from polyradix.serve.access import Key, add_access
 from polyradix.serve.answer import Answer, ChatForm, CompletionForm, GenerateForm, answer
 from polyradix.serve.client import EngineClient
+from polyradix.serve.document import describe
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
 from polyradix.serve.generation import Choice, Generation, Tokens
 from polyradix.serve.metrics import Metrics
@@ -197,8 +198,8 @@ def _add_generation(app: FastAPI, server: Server) -> None:
 
             return handle
 
-        schema = {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
-        app.post(path, openapi_extra=schema, name=run.__name__, response_model=None)(route())
+        app.post(path, name=run.__name__, response_model=None)(route())
+    describe(app, {path: model for path, model, _ in routes})
 
 
 def _add_state(app: FastAPI, server: Server) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import numpy as np
+from pydantic import Field
 from starlette.responses import Response
 
 from polyradix.engine.messages import Submit
@@ -28,7 +29,7 @@ class TokenizeRequest(openai.Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[openai.Message] | None = None
+    messages: Annotated[list[openai.Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None  # true for a prompt, false for messages
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None

@@ -113,7 +113,13 @@ def test_tokenize(live: Any) -> None:
     assert text == {"prompt": "user: hi\nadd_generation_prompt=Truez=1"}
     assert answer["token_strs"] is None
     assert live.post("/tokenize", {"prompt": ""}).json()["tokens"] == []
-    wrong = [{}, {"prompt": "x", "messages": []}, {"prompt": 5}, {"messages": [{"role": "assistant", "content": "x"}]}]
+    wrong = [
+        {},
+        {"prompt": "x", "messages": []},
+        {"prompt": 5},
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "x"}]},
+    ]
     for body in wrong:
         assert live.error("/tokenize", body)[0] == 400
 
