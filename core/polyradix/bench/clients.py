@@ -7,6 +7,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from polyradix.bench.measure import Ask, Event, Message
 from polyradix.bench.workload import Talk
 from polyradix.engine.offline import Engine
@@ -32,21 +34,51 @@ def over_http(session: aiohttp.ClientSession, url: str, model: str) -> Ask:
                 raise RuntimeError(f"{response.status}: {(await response.text())[:300]}")
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    yield _event(json.loads(line[6:]))
+                    yield _event(_decode(line[6:]))
 
     return ask
 
 
-def _event(data: dict[str, Any]) -> Event:
-    if "error" in data:
-        raise RuntimeError(str(data["error"]))
+class _Delta(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = 0
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: _Details | None = None
+
+
+class _Chunk(msgspec.Struct):
+    """What is read of a stream event."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+def _event(chunk: _Chunk) -> Event:
+    if chunk.error:
+        raise RuntimeError(str(chunk.error))
     event = Event()
-    for choice in data.get("choices") or ():
-        event.text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    for choice in chunk.choices:
+        event.text += choice.text or (choice.delta and choice.delta.content) or ""
     event.arrived = bool(event.text)
-    if usage := data.get("usage"):
-        event.output_tokens, event.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
-        event.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    if usage := chunk.usage:
+        event.output_tokens, event.prompt_tokens = usage.completion_tokens, usage.prompt_tokens
+        event.cached_tokens = (usage.prompt_tokens_details and usage.prompt_tokens_details.cached_tokens) or 0
     return event
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import trustme
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 TEXT, NATIVE, EMBED = "/v1/completions", "/generate", "/v1/embeddings"
@@ -132,12 +133,15 @@ def test_drain_has_an_end(run: Callable[..., Process]) -> None:
 
 def test_https(run: Callable[..., Process], tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *subject]
-    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    made.cert_chain_pems[0].write_to_path(cert)
+    made.private_key_pem.write_to_path(key)
+    trusted = ssl.create_default_context()
+    authority.configure_trust(trusted)
     server = run("null", "--ssl-certfile", str(cert), "--ssl-keyfile", str(key))
     assert server.url.startswith("https://")
-    assert httpx.get(server.url + "/health", verify=ssl.create_default_context(cafile=cert)).status_code == 200
+    assert httpx.get(server.url + "/health", verify=trusted).status_code == 200
     with pytest.raises(httpx.TransportError):
         httpx.get(server.url.replace("https", "http") + "/health")
 
