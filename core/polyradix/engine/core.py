@@ -197,6 +197,8 @@ class EngineCore:
         begin = time.perf_counter()
         waited = 0.0
         chunks = self._gate.admit(self.scheduler)
+        if self._forward.has_work:  # before new requests take the pages
+            chunks += self._read()
         plan = self.scheduler.plan()
         if plan is not None:
             try:
@@ -211,8 +213,6 @@ class EngineCore:
             wait, more = self._harvest()
             waited += wait
             chunks += more
-        if self._forward.has_work and not self.lost:
-            chunks += self._read()
         elapsed = time.perf_counter() - begin
         self._stats.steps += plan is not None
         self._stats.step_seconds += elapsed
