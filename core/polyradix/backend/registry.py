@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,12 +116,14 @@ def check_drift(name: str, backend: Any) -> None:
         raise ProtocolDrift(f"backend {name!r} does not keep protocol {version}: " + "; ".join(drift))
 
 
-def parse_option(text: str) -> tuple[str, str | int]:
+def parse_option(text: str) -> tuple[str, str | int | float]:
     """KEY=VALUE of a command line, as open_backend's options have it. Raises argparse.ArgumentTypeError."""
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise ArgumentTypeError(f"{text!r} is not KEY=VALUE")
-    return key, int(value) if value.isdecimal() else value
+    if value.isdecimal():
+        return key, int(value)
+    return key, float(value) if re.fullmatch(r"\d+\.\d+", value) else value
 
 
 def _known(device: str, entry: Entry, options: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     eviction_policy: EvictionPolicy = "lru"
     radix: bool = True  # reuse prefixes across requests
     jump_forward: bool = True  # append tokens that a grammar forces, instead of sampling them
+    embeddings: bool = False  # serve them, at the cost of one [hidden, hidden] weight
     emulate: bool = False
     seed: int = 0  # for requests that bring none, and for dummy weights
     progress: bool = True  # show a bar while loading

@@ -22,9 +22,10 @@ from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.adjust import Forced, adjustments
 from polyradix.engine.config import ConfigError, EngineConfig
+from polyradix.engine.forward import Forward, ForwardError, identity
 from polyradix.engine.grammars import Gate
 from polyradix.engine.limits import Limiter
-from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
+from polyradix.engine.messages import Chunk, Read, Stats, TokenLogProbs
 from polyradix.engine.start import Timeline, largest, prefill, sampling
 from polyradix.engine.tokenizer import load_tokenizer
 from polyradix.grammar.compiler import LlgCompiler
@@ -78,6 +79,9 @@ class EngineCore:
         self._params = load_params(
             checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
         )
+        hidden = None
+        if config.embeddings:
+            hidden = identity(self.backend, self._params, self.spec.hidden, self.dtype)
         self.timeline.done("weights")
         try:
             self._make_cache(config, limits)
@@ -102,6 +106,14 @@ class EngineCore:
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
         self._gate = Gate(compiler, config.jump_forward)
         self._limits = Limiter(config, self.scheduler, self._gate)
+        self._forward = Forward(
+            self.backend,
+            self.scheduler,
+            limits,
+            self.spec.vocab,
+            (self._step, self._params),
+            None if hidden is None else (self.backend.compile(make_step(self.spec), limits), hidden),
+        )
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()
         self._seeds = np.random.default_rng(config.seed)
@@ -150,7 +162,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._gate.has_work or self._limits.has_work
+        work = self.scheduler, self._gate, self._limits, self._forward
+        return any(each.has_work for each in work)
 
     def submit(
         self,
@@ -200,9 +213,13 @@ class EngineCore:
         if strange := [i for i in params.logit_bias if not 0 <= i < self.spec.vocab]:
             raise InvalidParam("logit_bias", strange[0], f"token ids from 0 to {self.spec.vocab - 1}")
 
+    def read(self, read: Read) -> None:
+        """Queue a forward pass. Raises InvalidParam if it can never be served."""
+        self._forward.submit(read)
+
     def abort(self, rid: str) -> bool:
         """Drop a request; its pages are free as soon as no launched step uses them. False if it is not known."""
-        known = self._gate.abort(rid) or self.scheduler.abort(rid)
+        known = self._gate.abort(rid) or self.scheduler.abort(rid) or self._forward.abort(rid)
         self._stats.aborted += known
         return known
 
@@ -219,6 +236,8 @@ class EngineCore:
         begin = time.perf_counter()
         waited = 0.0
         chunks = self._limits.ended() + self._gate.admit(self.scheduler)
+        if self._forward.has_work:  # before new requests take the pages
+            chunks += self._read()
         plan = self.scheduler.plan()
         if plan is not None:
             try:
@@ -290,6 +309,16 @@ class EngineCore:
             logprobs = (self.backend.fetch(lp.chosen), self.backend.fetch(lp.ids), self.backend.fetch(lp.values))
         self._flights.append(_Flight(plan, samples, self.backend.fetch(samples), logprobs))
         return waited
+
+    def _read(self) -> list[Chunk]:
+        try:
+            self._kv, chunks = self._forward.step(self._kv)
+        except ForwardError as error:
+            log.error("a forward pass failed", exc_info=error.__cause__)
+            if isinstance(error.__cause__, DeviceLost):
+                self.lost = str(error.__cause__)
+            return error.chunks
+        return chunks
 
     def _mask(self, plan: Plan, chunks: list[Chunk]) -> SampleBatch:
         """With the mask of its grammars, and its adjustments. A request whose grammar fails is ended."""
@@ -366,4 +395,5 @@ def _chunk(o: Output) -> Chunk:
         stop_token=o.stop_token,
         prompt_tokens=o.prompt_tokens,
         cached_tokens=o.cached_tokens,
+        queue_seconds=o.queue_seconds,
     )

@@ -24,6 +24,16 @@ class Submit(msgspec.Struct, tag=True):
     tenant: str = ""
 
 
+class Read(msgspec.Struct, tag=True):
+    """A forward pass over a prompt (tokens as in Submit), answered by one Chunk: its `embedding`, of the last token or
+    the mean of all; or `logprobs` of every token after the first, with the `top` best."""
+
+    rid: str
+    tokens: bytes
+    want: Literal["last", "mean", "logprobs"]
+    top: int = 0
+
+
 class Abort(msgspec.Struct, tag=True):
     """Stop a request and free its pages. Unknown ids are ignored: it may just have finished."""
 
@@ -55,6 +65,8 @@ class Chunk(msgspec.Struct, tag=True):
     error: str = ""
     param: str = ""
     code: Literal["", "queue_full", "timeout"] = ""  # why, where it is neither the client's error nor ours
+    embedding: bytes = b""  # float32 little-endian, of length 1
+    queue_seconds: float = 0.0  # from submission to first admission
 
 
 class Chunks(msgspec.Struct, tag=True):
@@ -100,5 +112,5 @@ class Stats(msgspec.Struct, tag=True):
     jumped_tokens: int = 0  # forced by grammars and not sampled
 
 
-ToEngine = Submit | Abort | FlushCache
+ToEngine = Submit | Read | Abort | FlushCache
 FromEngine = Chunks | Ready | Failed | Stats

@@ -16,7 +16,18 @@ import zmq
 
 from polyradix.engine.config import EngineConfig
 from polyradix.engine.core import EngineCore
-from polyradix.engine.messages import Abort, Chunk, Chunks, Failed, FlushCache, FromEngine, Ready, Submit, ToEngine
+from polyradix.engine.messages import (
+    Abort,
+    Chunk,
+    Chunks,
+    Failed,
+    FlushCache,
+    FromEngine,
+    Read,
+    Ready,
+    Submit,
+    ToEngine,
+)
 from polyradix.schedule.params import InvalidParam
 
 log = logging.getLogger(__name__)
@@ -85,15 +96,18 @@ class _Loop:
                 message = self._decoder.decode(self._inbox.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return refused
-            if isinstance(message, Submit):
+            if isinstance(message, Submit | Read):
                 refused += self._submit(message)
             elif isinstance(message, Abort):
                 self._core.abort(message.rid)
             elif isinstance(message, FlushCache):
                 self._core.flush_cache()
 
-    def _submit(self, m: Submit) -> list[Chunk]:
+    def _submit(self, m: Submit | Read) -> list[Chunk]:
         try:
+            if isinstance(m, Read):
+                self._core.read(m)
+                return []
             tokens = np.frombuffer(m.tokens, np.int32)
             self._core.submit(
                 m.rid, tokens, m.params, m.namespace, priority=m.priority, timeout=m.timeout, tenant=m.tenant

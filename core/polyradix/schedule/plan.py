@@ -51,6 +51,7 @@ class Output(msgspec.Struct, gc=False):
     prompt_tokens: int
     cached_tokens: int
     logprobs: list[TokenLogProbs] | None
+    queue_seconds: float
 
 
 class RowTable:

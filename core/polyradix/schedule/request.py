@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import numpy as np
 
@@ -47,6 +48,8 @@ class Request:
         # The scheduler's own.
         self.arrival = 0
         self.rank: tuple[int, bool, int] = (0, True, 0)  # in the queue: priority, never admitted, arrival
+        self.born = time.monotonic()
+        self.queue_seconds = 0.0  # until first admission
         self.limit = 0  # prompt and outputs together end here
         self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied

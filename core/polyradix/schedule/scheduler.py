@@ -4,12 +4,13 @@ Plans are launched in the order in which they were made, and `apply` gets their 
 called while earlier plans are in flight: a token the host has not seen is named by its row in the plan launched last.
 
 Who owns a page: the pool; or the tree; or one request, from its `shared`-th page on; or the limbo, which keeps what a
-finished request left until every plan launched by then was applied, because a late row of it may still be in flight. So
-no plan ever writes to a page that another plan in flight uses for another request.
+finished request left until every plan launched by then was applied, because a late row of it may still be in flight; or
+whoever `lend` gave it to. So no plan ever writes to a page that another plan in flight uses for another request.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -53,6 +54,7 @@ class Scheduler:
         self._filling: list[Request] = []  # admitted, with a prefill not fully applied: others may wait for its prefix
         self._flight: deque[Plan] = deque()
         self._launched = 0
+        self._lent: set[int] = set()  # pages somebody else uses
         self._limbo: deque[tuple[int, list[int], Node]] = deque()  # after this plan: free the pages, unlock the node
 
     def add(self, req: Request) -> None:
@@ -149,6 +151,22 @@ class Scheduler:
         self._pool.free(self._tree.flush())
 
     @property
+    def capacity(self) -> int:
+        """Tokens that the pool holds."""
+        return self._pool.capacity * self.config.page_size
+
+    def lend(self, n: int) -> list[int] | None:
+        """n pages for somebody else's use, or None if running requests would be short. Nothing in flight uses them."""
+        pages = self._take(n, keep=self._reserve())
+        self._lent.update(pages or ())
+        return pages
+
+    def give_back(self, pages: list[int]) -> None:
+        """Lent pages, when nothing in flight uses them."""
+        self._lent.difference_update(pages)
+        self._pool.free(pages)
+
+    @property
     def has_work(self) -> bool:
         return bool(self._known or self._flight)
 
@@ -194,6 +212,7 @@ class Scheduler:
         self._tree.check(nodes + [node for _, _, node in self._limbo])
         pages = self._pool.free_pages() + self._tree.all_pages()
         pages += [page for _, limbo, _ in self._limbo for page in limbo]
+        pages += self._lent
         pages += [page for req in running for page in req.pages[req.shared :]]
         assert sorted(pages) == list(range(1, self.config.pages)), "a page is lost or has two owners"
         assert self._limbo == deque() or self._flight, "pages wait for a plan that is not in flight"
@@ -337,6 +356,7 @@ class Scheduler:
         self._filling.append(req)
         if not req.admitted:
             req.admitted, req.cached_tokens = True, min(found.length, len(req.prompt))
+            req.queue_seconds = time.monotonic() - req.born
             self.prompt_tokens += len(req.prompt)
             self.cached_tokens += req.cached_tokens
             self._queue.charge(req, len(req.prompt) - found.length)
@@ -368,7 +388,7 @@ class Scheduler:
         finish, stop = self._append(req, token)
         details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
         tokens, req.ahead = [*req.ahead, token], []
-        return Output(req.rid, tokens, finish, stop, len(req.prompt), req.cached_tokens, details)
+        return Output(req.rid, tokens, finish, stop, len(req.prompt), req.cached_tokens, details, req.queue_seconds)
 
     def _append(self, req: Request, token: int) -> tuple[Finish | None, int | None]:
         """Why it ends with this token, if it does, and the stop token."""
@@ -393,7 +413,7 @@ class Scheduler:
         if in_flight > 1 or len(tokens) <= in_flight:
             return
         want = -(-(known + len(tokens)) // self.config.page_size) - len(req.pages)
-        pages = self._take(max(0, want), keep=self.running)
+        pages = self._take(max(0, want), keep=self._reserve())
         if pages is None:
             return
         req.pages += pages

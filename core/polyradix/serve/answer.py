@@ -78,8 +78,15 @@ class Form(Protocol):
         return b"data: " + error.body() + b"\n\n"
 
 
-def answer(run: Generation, form: Form, stream: bool) -> Answer:
-    return Answer(lambda send: (_stream if stream else _whole)(run, form, send))
+def answer(run: Generation, form: Form, stream: bool, before: Callable[[], Awaitable[None]] | None = None) -> Answer:
+    """`before` is waited for first."""
+
+    async def work(send: Send) -> None:
+        if before is not None:
+            await before()
+        await (_stream if stream else _whole)(run, form, send)
+
+    return Answer(work)
 
 
 async def _whole(run: Generation, form: Form, send: Send) -> None:
@@ -88,7 +95,11 @@ async def _whole(run: Generation, form: Form, send: Send) -> None:
         while pieces := await run.next():
             for choice, piece in pieces:
                 got[choice.index].append(piece)
-    body = _encode(form.whole(run, got))
+    await send_json(send, form.whole(run, got))
+
+
+async def send_json(send: Send, value: object) -> None:
+    body = _encode(value)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -264,7 +275,10 @@ class CompletionForm(OpenAIForm):
 
 
 class GenerateForm(Form):
-    """Token ids out. A stream is one event per step; the last one has the finish reason and the counts."""
+    """Token ids out. A stream is one event per step; the last one has the finish reason and the counts, the first one
+    the logprobs of the prompt, which are to be set before it, if anybody wants them."""
+
+    prompt_logprobs: list[TokenLogProbs | None] | msgspec.UnsetType = msgspec.UNSET
 
     def piece(self, choice: Choice, piece: Piece) -> Generated:
         return self._body(choice, [piece])
@@ -285,7 +299,8 @@ class GenerateForm(Form):
             ]
         finish = pieces[-1].finish
         counts = usage(len(choice.prompt), choice.output_tokens, choice.cached_tokens) if finish is not None else None
-        return Generated(choice.rid, tokens, logprobs, finish, counts)
+        before, self.prompt_logprobs = self.prompt_logprobs, msgspec.UNSET
+        return Generated(choice.rid, tokens, logprobs, finish, counts, before)
 
 
 def _mean_logprob(pair: tuple[Choice, list[Piece]]) -> float:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -15,9 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from polyradix import __version__
-from polyradix.serve import openai
+from polyradix.serve import openai, reading, text
+from polyradix.serve.access import Key, add_access
 from polyradix.serve.answer import Answer, ChatForm, CompletionForm, GenerateForm, answer
 from polyradix.serve.client import EngineClient
+from polyradix.serve.document import describe
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
 from polyradix.serve.generation import Choice, Generation, Tokens
 from polyradix.serve.metrics import Metrics
@@ -39,6 +41,13 @@ class Server:
     max_body: int = MAX_BODY
     tool_parser: str = "auto"
     reasoning_parser: str = "auto"
+    max_prompt: int | None = None  # tokens
+    max_tokens: int | None = None  # of output, what a request may ask for
+    keys: Sequence[Key] = ()
+    admin_key: str | None = None
+    cors_origins: Sequence[str] = ()
+    pooling: Literal["last", "mean"] | None = None  # of embeddings; None: there are none
+    closing: bool = False  # new work is refused
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.client)
@@ -70,16 +79,12 @@ class Server:
     ) -> Choice:
         """Choice `index` of the request; the index is added to the seed. `field` holds the prompt, for errors.
         `readable`: for a parser, with the special tokens that it looks for."""
-        context = self.context
-        if not prompt:
-            raise field_error(field, prompt, "at least one token")
-        if len(prompt) >= context:
-            message = (
-                f"the prompt has {len(prompt)} tokens; with at least one token of output that is more than the context "
-                f"of {context} tokens"
-            )
-            raise ApiError(400, message, field, "context_length_exceeded")
-        params = openai.sampling(body, max_tokens, context - len(prompt), self.tokenizer.vocab_size, logprobs)
+        room = self.check_length(prompt, field)
+        if self.max_tokens is not None:
+            if body.max_tokens is not None and body.max_tokens > self.max_tokens:
+                raise field_error("max_tokens", body.max_tokens, f"at most {self.max_tokens}, this server's limit")
+            room = min(room, self.max_tokens)
+        params = openai.sampling(body, max_tokens, room, self.tokenizer.vocab_size, logprobs)
         if params.seed is not None and index:
             params = msgspec.structs.replace(params, seed=(params.seed + index + 2**63) % 2**64 - 2**63)
         if not params.ignore_eos:
@@ -90,6 +95,32 @@ class Server:
     def text(self, ids: list[int]) -> str:
         """Of a prompt, special tokens included."""
         return b"".join(map(self.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
+
+    def check_length(self, prompt: list[int], field: str, output: int = 1) -> int:
+        """Tokens of the context that are left; ApiError 400 if there are not `output`, or the prompt is too long."""
+        context = self.context
+        if not prompt:
+            raise field_error(field, prompt, "at least one token")
+        if len(prompt) + output > context:
+            message = (
+                f"the prompt has {len(prompt)} tokens; with at least one token of output that is more than the context "
+                f"of {context} tokens"
+            )
+            raise ApiError(400, message, field, "context_length_exceeded")
+        if self.max_prompt is not None and len(prompt) > self.max_prompt:
+            message = f"the prompt has {len(prompt)} tokens; this server takes at most {self.max_prompt}"
+            raise ApiError(400, message, field, "context_length_exceeded")
+        return context - len(prompt)
+
+    async def tokens(self, prompt: str | list[int], field: str) -> list[int]:
+        return await self.encode(prompt, True) if isinstance(prompt, str) else self.check_ids(prompt, field)
+
+    def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """The chat template's text; ApiError 400 if it rejects the messages."""
+        try:
+            return self.tokenizer.chat_prompt(messages, **variables)
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error), "messages") from error
 
     def check_ids(self, ids: list[int], field: str) -> list[int]:
         vocab = self.tokenizer.vocab_size
@@ -127,10 +158,7 @@ async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice
     talk = Talk(server.formats, body)
     logprobs, stop = openai.chat_logprobs(body), openai.stops(body)
     messages = talk.adapted(openai.chat_messages(body))
-    try:
-        text = server.tokenizer.chat_prompt(messages, **talk.variables | (body.chat_template_kwargs or {}))
-    except (ValueError, TypeError) as error:
-        raise ApiError(400, str(error), "messages") from error
+    text = server.render(messages, talk.variables | (body.chat_template_kwargs or {}))
     prompt = await server.encode(text, add_special=False)
     rest = prompt, body, "messages", server.context, logprobs, stop, not talk.plain
     choices = [server.choice(i, *rest) for i in range(body.n or 1)]
@@ -152,7 +180,7 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
     wanted = 0 if logprobs is None and best_of > n else logprobs
     choices: list[Choice] = []
     for prompt in given:
-        ids = await server.encode(prompt, True) if isinstance(prompt, str) else server.check_ids(prompt, "prompt")
+        ids = await server.tokens(prompt, "prompt")
         new = [server.choice(len(choices) + i, ids, body, "prompt", 16, wanted, stop) for i in range(best_of)]
         for choice in new if body.echo else ():
             choice.echo, choice.silent = prompt if isinstance(prompt, str) else server.text(ids), silent
@@ -165,7 +193,16 @@ async def generate(server: Server, body: openai.GenerateRequest, started: float)
     ids = server.check_ids(body.input_ids, "input_ids")
     choice = server.choice(0, ids, body, "input_ids", 16, body.logprobs)
     run = Generation(server.client, server.metrics, [choice], started)
-    return answer(run, GenerateForm(), bool(body.stream))
+    form, top = GenerateForm(), body.prompt_logprobs
+    if top is None:
+        return answer(run, form, bool(body.stream))
+    if not 0 <= top <= 20:
+        raise field_error("prompt_logprobs", top, "an integer from 0 to 20")
+
+    async def before() -> None:
+        form.prompt_logprobs = await reading.prompt_logprobs(server.client, ids, top)
+
+    return answer(run, form, bool(body.stream), before)
 
 
 def _include_usage(body: openai.OpenAIBody) -> bool:
@@ -177,6 +214,7 @@ def make_app(server: Server) -> FastAPI:
     _add_generation(app, server)
     _add_state(app, server)
     _add_errors(app, server)
+    add_access(app, server)
     return app
 
 
@@ -186,6 +224,9 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         ("/v1/responses", ResponsesRequest, respond),
         ("/v1/completions", openai.CompletionRequest, completion),
         ("/generate", openai.GenerateRequest, generate),
+        ("/v1/embeddings", reading.EmbeddingRequest, reading.embeddings),
+        ("/tokenize", text.TokenizeRequest, text.tokenize),
+        ("/detokenize", text.DetokenizeRequest, text.detokenize),
     )
     for path, model, run in routes:
 
@@ -198,8 +239,8 @@ def _add_generation(app: FastAPI, server: Server) -> None:
 
             return handle
 
-        schema = {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
-        app.post(path, openapi_extra=schema, name=run.__name__, response_model=None)(route())
+        app.post(path, name=run.__name__, response_model=None)(route())
+    describe(app, {path: model for path, model, _ in routes})
 
 
 def _add_state(app: FastAPI, server: Server) -> None:
@@ -207,7 +248,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/models", response_model=None)
     async def models() -> Response:
-        return _json({"object": "list", "data": [_model()]})
+        return text.json({"object": "list", "data": [_model()]})
 
     @app.get("/v1/models/{name:path}", response_model=None)
     async def one_model(name: str) -> Response:
@@ -215,7 +256,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
             raise ApiError(
                 404, f"the model {name!r} does not exist; this server has {server.name!r}", "model", "model_not_found"
             )
-        return _json(_model())
+        return text.json(_model())
 
     def _model() -> dict[str, Any]:
         ready = server.client.ready
@@ -223,13 +264,19 @@ def _add_state(app: FastAPI, server: Server) -> None:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
-        return _json({"status": "ok", "max_context": server.context})
+        if server.closing:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        return text.json({"status": "ok", "max_context": server.context})
+
+    @app.get("/health_generate", response_model=None)
+    async def health_generate() -> Response:
+        return await text.health_generate(server)
 
     @app.get("/server_info", response_model=None)
     async def server_info() -> Response:
         ready = server.client.ready
         info: dict[str, Any] = {"version": __version__, "model": server.name, "context": server.context}
-        return _json(info | (ready.info if ready else {}) | {"stats": msgspec.structs.asdict(server.client.stats)})
+        return text.json(info | (ready.info if ready else {}) | {"stats": msgspec.structs.asdict(server.client.stats)})
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
@@ -239,7 +286,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
     async def flush_cache() -> Response:
         assert server.context
         server.client.flush_cache()
-        return _json({"status": "ok"})
+        return text.json({"status": "ok"})
 
 
 def _add_errors(app: FastAPI, server: Server) -> None:
@@ -253,15 +300,11 @@ def _add_errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        text = f"{request.method} {request.url.path}: {error.detail}"
-        response = reply(ApiError(error.status_code, text))
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        response = reply(ApiError(error.status_code, what))
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
         return reply(ApiError(500, "internal error; the server's log has the details"))
-
-
-def _json(value: Any) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")

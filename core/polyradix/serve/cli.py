@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,19 +40,10 @@ def _serve(args: argparse.Namespace) -> int:
     from polyradix.serve.run import ServeOptions, serve
 
     given = {name: value for name, value in vars(args).items() if name in EngineConfig.__struct_fields__}
-    given["backend_options"] = dict(args.backend_options)
-    serve(
-        EngineConfig(**given, progress=args.log_level in ("debug", "info")),
-        ServeOptions(
-            args.host,
-            args.port,
-            args.served_model_name,
-            args.log_level,
-            args.max_body,
-            args.tool_call_parser,
-            args.reasoning_parser,
-        ),
-    )
+    given |= {"backend_options": dict(args.backend_options), "embeddings": args.pooling is not None}
+    options = {f.name: getattr(args, f.name) for f in fields(ServeOptions)}
+    options |= {name: tuple(options[name]) for name in ("api_keys", "cors_origins")}
+    serve(EngineConfig(**given, progress=args.log_level in ("debug", "info")), ServeOptions(**options))
     return 0
 
 
@@ -84,8 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve a model over HTTP", formatter_class=_Defaults)
     _model_options(serve)
+    _engine_options(serve)
     _serve_options(serve)
     serve.set_defaults(run=_serve)
+    _add_bench(commands.add_parser("bench", help="measure a server, or an engine in this process"))
     check = commands.add_parser(
         "check", help="say whether a model can run on a device, reading no weights", formatter_class=_Defaults
     )
@@ -98,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--path", type=Path, help="folder to write; ./polyradix-NAME if not given")
     new.set_defaults(run=_new_backend)
     return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from polyradix.bench.cli import add_arguments
+
+    def engine(p: argparse.ArgumentParser) -> None:
+        _model_options(p)
+        _engine_options(p)
+
+    add_arguments(parser, engine)
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -118,7 +122,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
 
 
-def _serve_options(p: argparse.ArgumentParser) -> None:
+def _engine_options(p: argparse.ArgumentParser) -> None:
     defaults = EngineConfig(model="")
 
     def add(flag: str | tuple[str, str], field: str, text: str, **kwargs: Any) -> None:
@@ -136,7 +140,6 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     add("--mem-fraction", "mem_fraction", "share of free memory for KV; the backend's if not given", type=float)
     add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
     _queue_options(add)
-    add("--seed", "seed", "for requests that bring none, and for dummy weights", type=int)
     text = "do not reuse prefixes across requests"
     p.add_argument("--no-radix", "--disable-radix-cache", dest="radix", action="store_false", help=text)
     text = "sample tokens that a grammar forces one by one"
@@ -144,13 +147,21 @@ def _serve_options(p: argparse.ArgumentParser) -> None:
     text = "an option of the backend, which its guide under docs/ names; may be repeated"
     option: dict[str, Any] = {"action": "append", "type": parse_option, "default": [], "metavar": "KEY=VALUE"}
     p.add_argument("--option", dest="backend_options", help=text, **option)
+
+
+def _serve_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--seed", type=int, default=0, help="for requests that bring none, and for dummy weights")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on")
     p.add_argument("--port", type=int, default=30000, help="port to listen on; 0 takes a free one")
-    p.add_argument("--served-model-name", help="the model's name in the API; as given to --model if not given")
-    p.add_argument("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
-    why = "how the model %s; auto: as its chat template has it"
-    p.add_argument("--tool-call-parser", default="auto", choices=TOOL_NAMES, help=why % "writes tool calls")
-    p.add_argument("--reasoning-parser", default="auto", choices=REASONING_NAMES, help=why % "writes its reasoning")
+    p.add_argument(
+        "--served-model-name", dest="name", help="the model's name in the API; as given to --model if not given"
+    )
+    p.add_argument("--embeddings", dest="pooling", choices=("last", "mean"), help="serve embeddings, pooled so")
+    for what, names, writes in (("tool", TOOL_NAMES, "tool calls"), ("reasoning", REASONING_NAMES, "its reasoning")):
+        flag = "--tool-call-parser" if what == "tool" else "--reasoning-parser"
+        text = f"how the model writes {writes}; auto: as its chat template has it"
+        p.add_argument(flag, dest=f"{what}_parser", default="auto", choices=names, help=text)
+    _operator_options(p)
     levels = ("debug", "info", "warning", "error")
     p.add_argument("--log-level", default="info", choices=levels, help="debug also shows tracebacks and every request")
 
@@ -171,6 +182,32 @@ def _queue_options(add: Callable[..., None]) -> None:
     add("--request-timeout", "request_timeout", text, type=float)
     text = "which cached prefix is forgotten first"
     add(("--eviction-policy", "--radix-eviction-policy"), "eviction_policy", text, choices=get_args(EvictionPolicy))
+
+
+def _operator_options(p: argparse.ArgumentParser) -> None:
+    """What docs/operations.md is about."""
+    add = p.add_argument
+    add("--max-body", type=int, default=32 * 2**20, help="bytes of the largest request body")
+    add("--max-prompt", type=_positive, help="tokens of the longest prompt; the context's if not given")
+    text = "most output tokens that a request may ask for; the context's if not given"
+    add("--max-tokens-limit", dest="max_tokens", type=_positive, help=text)
+    add("--api-key", dest="api_keys", action="append", default=[], help="a key that clients must send; may be repeated")
+    add("--api-key-file", type=Path, help="named keys with limits, TOML or JSON; see docs/operations.md")
+    add("--admin-key", help="a key for the operator's routes, as /flush_cache")
+    text = "a web page's origin that may call the API; may be repeated"
+    add("--cors-origin", dest="cors_origins", action="append", default=[], help=text)
+    add("--ssl-certfile", type=Path, help="PEM; serves HTTPS")
+    add("--ssl-keyfile", type=Path, help="PEM, if it is not in --ssl-certfile")
+    text = "how long running requests may go on after SIGTERM"
+    add("--drain-timeout", dest="drain_seconds", type=float, default=30.0, metavar="SECONDS", help=text)
+    add("--otlp-endpoint", metavar="URL", help="where OpenTelemetry spans go, as http://localhost:4318/v1/traces")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer >= 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from polyradix.engine.messages import (
     Chunks,
     FlushCache,
     FromEngine,
+    Read,
     Ready,
     Stats,
     Submit,
@@ -97,7 +98,7 @@ class Call:
 
     `next` gives new chunks until every request has finished or was dropped."""
 
-    def __init__(self, client: EngineClient, requests: Sequence[Submit]) -> None:
+    def __init__(self, client: EngineClient, requests: Sequence[Submit | Read]) -> None:
         self._client = client
         self._requests = requests
         self._open: set[str] = set()
@@ -179,9 +180,14 @@ class EngineClient:
             raise EngineDead(self.error)
         return self.ready
 
-    def call(self, requests: Sequence[Submit]) -> Call:
+    def call(self, requests: Sequence[Submit | Read]) -> Call:
         """Requests with distinct new ids, submitted when the Call is entered."""
         return Call(self, requests)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+        return bool(self._calls)
 
     def flush_cache(self) -> None:
         self._send(FlushCache())
@@ -202,7 +208,7 @@ class EngineClient:
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _submit(self, request: Submit, call: Call) -> None:
+    def _submit(self, request: Submit | Read, call: Call) -> None:
         if self.ready is None or self.error:
             raise EngineDead(self.error or "the model is still loading")
         self._calls[request.rid] = call

@@ -31,7 +31,7 @@ class ApiError(Exception):
 
     def body(self) -> bytes:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        kind = "timeout_error" if self.status == 408 else kind
+        kind = {408: "timeout_error", 429: "rate_limit_error"}.get(self.status, kind)
         message = self.message.encode("utf-8", "replace").decode()
         error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})

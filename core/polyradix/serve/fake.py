@@ -23,6 +23,7 @@ from polyradix.engine.messages import (
     Failed,
     FlushCache,
     FromEngine,
+    Read,
     Ready,
     Stats,
     Submit,
@@ -77,6 +78,7 @@ class FakeEngine:
         self._max_context = max_context
         self._running: dict[str, tuple[Submit, list[int], int]] = {}
         self._cached: set[str] = set()
+        self._reads: list[Chunk] = []
         self._stop = threading.Event()
 
     def start(self, to_engine: str, from_engine: str, on_exit: Callable[[str], None]) -> None:
@@ -117,6 +119,9 @@ class FakeEngine:
             while not self._stop.is_set():
                 while inbox.poll(0 if self._running else 20):
                     self._take(msgspec.msgpack.decode(inbox.recv(), type=ToEngine))
+                if self._reads:
+                    send(Chunks(self._reads))
+                    self._reads = []
                 if self._running:
                     time.sleep(self._step_seconds)
                     send(Chunks([self._step(rid) for rid in list(self._running)]))
@@ -128,11 +133,25 @@ class FakeEngine:
                 self._cached.add(message.rid)
             self._running[message.rid] = (message, self._answer(message), 0)
             self.submits.append(message)
+        elif isinstance(message, Read):
+            self._read(message)
         elif isinstance(message, Abort):
             self.aborts.append(message.rid)
             self._running.pop(message.rid, None)
         elif isinstance(message, FlushCache):
             self.flushes += 1
+
+    def _read(self, read: Read) -> None:
+        """An embedding says how many tokens there were; logprobs are -0.5 each."""
+        n = len(read.tokens) // 4
+        chunk = Chunk(read.rid, [], finish="stop", prompt_tokens=n)
+        if read.want == "logprobs":
+            chunk.logprobs = [TokenLogProbs(-0.5, [(97, -1.0)] * read.top) for _ in range(n - 1)]
+        else:
+            chunk.embedding = np.array([n, read.want == "mean", 0.5], "<f4").tobytes()
+        if self._refuse:
+            chunk = Chunk(read.rid, [], finish="error", error=self._refuse, param="input")
+        self._reads.append(chunk)
 
     def _step(self, rid: str) -> Chunk:
         submit, tokens, at = self._running[rid]

@@ -14,6 +14,8 @@ import numpy as np
 from polyradix.engine.detokenizer import Detokenizer
 from polyradix.engine.messages import Chunk, Submit, TokenLogProbs
 from polyradix.schedule.params import SamplingParams
+from polyradix.serve import tracing
+from polyradix.serve.access import CALLER
 from polyradix.serve.client import EngineClient, EngineDead
 from polyradix.serve.errors import ApiError
 from polyradix.serve.metrics import Metrics
@@ -69,6 +71,7 @@ class Choice:
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     output_tokens: int = 0
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
     finish: Finish | None = None
     shown: int = 0
     echo: str = ""
@@ -85,15 +88,17 @@ class Choice:
 
     def submit(self) -> Submit:
         t, tokens = self.terms, np.asarray(self.prompt, "<i4").tobytes()
-        return Submit(self.rid, tokens, self.params, t.namespace, t.priority, t.timeout, t.tenant)
+        tenant = CALLER.get().name or t.tenant
+        return Submit(self.rid, tokens, self.params, t.namespace, t.priority, t.timeout, tenant)
 
     def push(self, chunk: Chunk) -> Piece:
         """Raises ApiError if the engine gave up on it."""
         if chunk.finish in ("error", "abort"):
-            raise _engine_error(chunk)
+            raise engine_error(chunk)
         entries = self._prompt_entries(chunk)
         if self.silent:
             chunk.tokens, chunk.logprobs, chunk.stop_token = [], None, None
+        self.queue_seconds = chunk.queue_seconds
         self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
         visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
         text, used = self._detokenizer.take(visible)
@@ -163,19 +168,41 @@ class Generation:
         self._started = started
         self._last: dict[str, float] = {}
         self._unfinished = "abort"
+        self._caller = CALLER.get()
+        self._first_token: float | None = None
 
     def __enter__(self) -> Generation:
         try:
             self._call.__enter__()
         except EngineDead as error:
-            raise _dead(error) from None
+            raise dead(error) from None
         return self
 
     def __exit__(self, *_: object) -> None:
         self._call.__exit__()
         took = time.monotonic() - self._started
+        prompt, output, cached = self.counts()
+        self._caller.charge(prompt + output)
+        self._trace(took, prompt, output, cached)
         for choice in self.choices:
             self._metrics.finished(choice.finish or self._unfinished, took)
+
+    def _trace(self, took: float, prompt: int, output: int, cached: int) -> None:
+        first = self.choices[0]
+        attributes: dict[str, Any] = {
+            "gen_ai.request.id": first.rid,
+            "gen_ai.request.max_tokens": first.params.max_tokens,
+            "gen_ai.request.temperature": first.params.temperature,
+            "gen_ai.usage.input_tokens": prompt,
+            "gen_ai.usage.output_tokens": output,
+            "gen_ai.response.finish_reasons": [choice.finish or self._unfinished for choice in self.choices],
+            "polyradix.queue_seconds": first.queue_seconds,
+            "polyradix.cached_tokens": cached,
+            "polyradix.tenant": self._caller.name,
+        }
+        if (token := self._first_token) is not None:
+            attributes["gen_ai.server.time_to_first_token"] = token
+        tracing.span("generate", took, self._caller.headers, attributes)
 
     async def next(self) -> list[tuple[Choice, Piece]]:
         """What is new, at least one piece; empty at the end. Raises ApiError when the engine refuses, fails or dies."""
@@ -183,7 +210,7 @@ class Generation:
             return await self._next()
         except EngineDead as error:
             self._unfinished = "error"
-            raise _dead(error) from None
+            raise dead(error) from None
         except ApiError:
             self._unfinished = "error"
             raise
@@ -206,6 +233,8 @@ class Generation:
         last = self._last.get(choice.rid)
         if last is None:
             self._metrics.first_token.observe(now - self._started)
+            self._first_token = self._first_token or now - self._started
+            self._metrics.queue.observe(choice.queue_seconds)
         else:
             for _ in range(tokens):
                 self._metrics.inter_token.observe((now - last) / tokens)
@@ -235,11 +264,11 @@ def _merge(chunks: list[Chunk]) -> list[Chunk]:
     return list(merged.values())
 
 
-def _dead(error: EngineDead) -> ApiError:
+def dead(error: EngineDead) -> ApiError:
     return ApiError(503, str(error), code="engine_unavailable")
 
 
-def _engine_error(chunk: Chunk) -> ApiError:
+def engine_error(chunk: Chunk) -> ApiError:
     if chunk.param:
         return ApiError(400, chunk.error, chunk.param)
     if chunk.code == "queue_full":

@@ -19,7 +19,7 @@ _COUNTERS = {
     "output_tokens": "Sampled tokens",
     "finished": "Requests the engine finished",
     "aborted": "Requests aborted in the engine",
-    "retracted": "Times a running request was put back because pages ran out",
+    "preemptions": "Times a running request was put back because pages ran out",
     "refused": "Requests refused because the queue was full",
     "expired": "Requests ended by their timeout",
     "steps": "Engine steps",
@@ -28,6 +28,7 @@ _COUNTERS = {
     "grammar_seconds": "Time spent on the masks of structured outputs",
     "jumped_tokens": "Output tokens that a grammar forced, appended without sampling",
 }
+_FIELDS = {"preemptions": "retracted"}
 _GAUGES = {
     "running": "Requests running",
     "waiting": "Requests waiting",
@@ -51,6 +52,9 @@ class Metrics:
         self.inter_token = Histogram(
             "polyradix_inter_token_seconds", "Between tokens of a request", registry=registry, buckets=_TOKEN_SECONDS
         )
+        self.queue = Histogram(
+            "polyradix_queue_seconds", "From submission to the first step", registry=registry, buckets=_SECONDS
+        )
         self._end_to_end = Histogram(
             "polyradix_request_seconds", "From request to last token", registry=registry, buckets=_SECONDS
         )
@@ -71,10 +75,12 @@ class _Engine(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._client.stats
         for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"polyradix_engine_{name}", text, value=getattr(stats, name))
+            yield CounterMetricFamily(f"polyradix_engine_{name}", text, value=getattr(stats, _FIELDS.get(name, name)))
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"polyradix_engine_{name}", text, value=getattr(stats, name))
         rate = stats.cached_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0
         yield GaugeMetricFamily("polyradix_engine_hit_rate", "Cached share of all prompt tokens", value=rate)
+        usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+        yield GaugeMetricFamily("polyradix_engine_token_usage", "Share of KV pages in use by requests", value=usage)
         up = float(self._client.ready is not None and not self._client.error)
         yield GaugeMetricFamily("polyradix_engine_up", "1 while the engine serves", value=up)

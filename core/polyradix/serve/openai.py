@@ -124,6 +124,7 @@ class GenerateRequest(Sampling):
 
     input_ids: list[int]
     logprobs: int | None = None
+    prompt_logprobs: int | None = None  # so many alternatives of every prompt token but the first
 
 
 # Fields that are not done, with the values that ask for nothing.
@@ -149,11 +150,15 @@ def refuse(body: Body, refused: Mapping[str, tuple[object, ...]], where: str = "
             raise ApiError(400, f"{field} is not supported by this server (got {show(value)})", field)
 
 
+def check_model(model: str | None, served: str) -> None:
+    if model is not None and model != served:
+        message = f"the model {show(model)} does not exist; this server has {served!r}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+
 def check_common(body: OpenAIBody, served: str) -> None:
     """The model's name, n, and the shape of stop and stream_options."""
-    if body.model is not None and body.model != served:
-        message = f"the model {show(body.model)} does not exist; this server has {served!r}"
-        raise ApiError(404, message, "model", "model_not_found")
+    check_model(body.model, served)
     if body.n is not None and not 1 <= body.n <= 128:
         raise field_error("n", body.n, "an integer from 1 to 128")
     if body.stream_options is not None and not body.stream:
@@ -235,14 +240,17 @@ def silent(body: CompletionRequest) -> bool:
 
 
 def completion_prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if not prompt:
-        raise field_error("prompt", prompt, "at least one prompt")
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return prompt
+    return prompts(body.prompt, "prompt")
+
+
+def prompts(given: str | list[str] | list[int] | list[list[int]], field: str) -> list[str] | list[list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise field_error(field, given, f"at least one {field}")
+    if isinstance(given[0], int):
+        return [given]
+    return given
 
 
 def _bias(given: Mapping[str, float], vocab: int) -> dict[int, float]:

@@ -115,13 +115,14 @@ class Reply(msgspec.Struct):
 
 class Generated(msgspec.Struct):
     """The native route's body and stream event. `output_ids` includes a stop token; `logprobs` leaves it out, as
-    [logprob, [[id, logprob], ...]] per token."""
+    [logprob, [[id, logprob], ...]] per token. `prompt_logprobs` is the same, with null for the first token."""
 
     id: str
     output_ids: list[int]
     logprobs: list[TokenLogProbs] | None
     finish_reason: Finish | None
     usage: Usage | None  # in the last event
+    prompt_logprobs: list[TokenLogProbs | None] | UnsetType = UNSET
 
 
 def usage(prompt: int, completion: int, cached: int) -> Usage:
