@@ -248,3 +248,15 @@ def test_requests_tell_the_cache_what_they_use_and_how_much_it_matters(policy):
     d.add("check", [1] * 9, max_tokens=1)
     d.drain()
     assert d.out["check"].cached_tokens == 8
+
+
+def test_a_hit_by_an_unimportant_request_does_not_keep_a_prefix():
+    d = device(pages=9, eviction="priority")
+    for rid, token, priority in (("high", 2, 1), ("low", 1, 2), ("again", 1, 2)):
+        d.add(rid, [token] * 9, max_tokens=1, priority=priority)
+        d.drain()
+    d.add("big", [3] * 24, max_tokens=1)
+    d.drain()
+    d.add("check", [2] * 9, max_tokens=1, priority=1)
+    d.drain()
+    assert d.out["check"].cached_tokens == 8
