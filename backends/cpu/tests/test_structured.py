@@ -28,9 +28,15 @@ PATTERN = r"[A-Z][a-z]{2,8} \d{4}-\d{2}"
 FREE = SamplingParams(max_tokens=12, temperature=0.8, seed=5, ignore_eos=True)
 
 
+def _engine(jump_forward: bool) -> Engine:
+    return Engine(
+        "demo", device="cpu", max_context=256, kv_pages=100, max_seqs=8, progress=False, jump_forward=jump_forward
+    )
+
+
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine("demo", device="cpu", max_context=256, kv_pages=100, max_seqs=8, progress=False)
+    return _engine(True)
 
 
 def _run(engine: Engine, jobs: dict[str, SamplingParams]) -> dict[str, list[int]]:
@@ -60,3 +66,13 @@ def test_outputs_validate_and_free_rows_keep_their_tokens(engine: Engine, temper
     assert {rid: together[rid] for rid in free} == alone
     jsonschema.validate(json.loads(engine.tokenizer.decode(together["json"])), SCHEMA)
     assert re.fullmatch(PATTERN, engine.tokenizer.decode(together["regex"]))
+
+
+def test_jump_forward_takes_fewer_steps_to_the_same_text(engine: Engine) -> None:
+    """On the weights of a real model; core's tests have random ones."""
+    spec = GrammarSpec(kind="json_schema", source=json.dumps(SCHEMA))
+    jobs = {f"json{i}": SamplingParams(max_tokens=80, temperature=0.0, grammar=spec) for i in range(3)}
+    plain, steps, jumped = _engine(False), engine.core.stats().steps, engine.core.stats().jumped_tokens
+    assert _run(engine, jobs) == _run(plain, jobs)
+    assert engine.core.stats().jumped_tokens > jumped + 20
+    assert engine.core.stats().steps - steps < plain.core.stats().steps
