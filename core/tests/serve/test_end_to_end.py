@@ -424,7 +424,7 @@ def test_a_more_important_request_goes_first_and_nobody_sees_it(queue_server: Pr
         events += lines
     data = [json.loads(e.removeprefix("data: ")) for e in events if e and not e.endswith("[DONE]")]
     assert "".join(event["choices"][0]["text"] for event in data) == alone
-    wait(lambda: queue_server.metrics()["polyradix_engine_retracted_total"] >= 1)
+    wait(lambda: queue_server.metrics()["polyradix_engine_preemptions_total"] >= 1)
 
 
 def test_a_full_queue_and_a_timeout(queue_server: Process) -> None:
