@@ -1,4 +1,4 @@
-"""Mixture of experts in five launches of fixed shapes: logits, routes, two products grouped by expert, the weighted sum.
+"""Mixture of experts in five launches of fixed shapes: logits, routes, two products grouped by expert, weighted sum.
 
 A pair is a token and one of its experts, numbered token * top_k + place. `_route` appends each to the list of its
 expert, in whatever order programs come, and a product takes tiles of one list. Results lie by pair, so the order in a
