@@ -1,4 +1,4 @@
-"""Routes against NumPy, one token at a time, and what a step with experts says to other ranks."""
+"""Routes against NumPy, one token at a time, conformance cases, and what experts say to other ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights, ParamSpec
+from polyradix_conformance.cases import all_cases
+from polyradix_conformance.runner import run_case
 from polyradix_tpu import entry
 from polyradix_tpu.mesh import AXIS, make_mesh, partition
 from polyradix_tpu.moe import route
 
+CASES = [c for c in all_cases() if re.match(r"L1/moe/(groups/bias|ties|width)/|L5/moe/tp-4/", c.id)]
 GROUPED = MoeSpec(12, 4, "sigmoid", True, 2.5, groups=4, top_groups=2, group_best=2)
 
 
@@ -65,3 +68,9 @@ def test_one_sum_whatever_the_ranks(tp):
     text = jax.jit(local).lower(np.ones((5, 32), np.float32), tree).compile().as_text()
     said = re.findall(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", text)
     assert said == ["all-reduce"] * (tp > 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_case(case):
+    result = run_case(case, lambda tp: entry.create(tp=tp, platform="cpu"))
+    assert result.status == "pass", result.detail
