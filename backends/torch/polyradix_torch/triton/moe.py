@@ -68,7 +68,8 @@ class Router:
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None) -> Router:
         """weight float32 [E,H]."""
-        parts, rest = [], weight
+        parts: list[torch.Tensor] = []
+        rest = weight
         while not parts or (len(parts) < 3 and bool(rest.any())):
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()

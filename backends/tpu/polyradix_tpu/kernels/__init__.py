@@ -23,6 +23,7 @@ from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import grouped_matmul, kv_write, xla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
+from polyradix_tpu.kernels.grouped_matmul import validate
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
@@ -51,7 +52,7 @@ def _attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
 
 
 def _grouped(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
-    found = grouped_matmul.problems(lhs, rhs, sizes, grouped_matmul.choose(lhs, rhs))
+    found = validate.problems(lhs, rhs, sizes, grouped_matmul.choose(lhs, rhs))
     return (grouped_matmul.xla if found else grouped_matmul.grouped_matmul)(lhs, rhs, sizes)
 
 
@@ -74,4 +75,5 @@ def choose(name: str, on_tpu: bool) -> Kernels:
         return AUTO if name == "auto" else PALLAS
     interpret = pltpu.InterpretParams()
     own = (kv_write.write, ragged.attend, grouped_matmul.grouped_matmul)
-    return Kernels("Pallas, interpreted", *(partial(f, interpret=interpret) for f in own))
+    write, attend, grouped = (partial(f, interpret=interpret) for f in own)
+    return Kernels("Pallas, interpreted", write, attend, grouped)
