@@ -58,9 +58,9 @@ tests: .venv/tested
 	  --ignore=backends/torch/tests/triton $(if $(BROWSER),,--ignore=conformance/tests/test_matrix_browser.py)
 	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*' \
 	  --ignore=backends/cpu/tests/test_engine.py
-	for kernels in native torch; do \
-	  $(BIN)/conform run --backend cpu --option kernels=$$kernels -o .venv/cpu-$$kernels.json; done
-	$(BIN)/conform run --backend cpu --option kernels=torch --profile moe -o .venv/cpu-torch-moe.json
+	for kernels in native torch; do for profile in dense moe; do \
+	  $(BIN)/conform run --backend cpu --option kernels=$$kernels --profile $$profile -o .venv/cpu-$$kernels-$$profile.json; \
+	  done; done
 	for profile in dense mesh moe; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
 	$(BIN)/conform verify .venv/*-*.json
 	$(BIN)/conform matrix .venv/*-*.json -o .venv

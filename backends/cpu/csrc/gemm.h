@@ -123,45 +123,75 @@ static void columns(const Op& o, const P* a, int64_t lda, int64_t tile, int64_t 
     }
 }
 
-template <class T> static void linear(const Op& o, const Context& c) {
-    typedef Panel<T> P;
-    static constexpr int STEP = PX_AMX && sizeof(T) == 2 ? 32 : MAX_ROWS;
-    const int64_t K = o.n[0], Kx = o.n[6], M = c.rows(o), tiles = (o.n[1] + 31) / 32, unit = 96;
-    const int64_t lda = K + 64 / (int64_t)sizeof(P);  // not a power of two: rows must not share cache sets
-    int64_t block = 400 * 1024 / (lda * (int64_t)sizeof(P)) / unit * unit;
-    block = block < unit ? unit : block;
-    int64_t blocks = (M + block - 1) / block, run = (tiles * blocks + 4 * c.count - 1) / (4 * c.count);
-    if (!blocks) return;
-    block = ((M + blocks - 1) / blocks + STEP - 1) / STEP * STEP;
-    run = run < 1 ? 1 : run > tiles ? tiles : run;
-    const int64_t runs = (tiles + run - 1) / run;
-    P* a = (P*)scratch(block * lda * sizeof(P));
-    int64_t held = -1;
-    [[maybe_unused]] int configured = 0;
-    for (int64_t item; (item = c.take()) < blocks * runs;) {
-        const int64_t b = item / runs, r0 = b * block, rows = M - r0 < block ? M - r0 : block;
-        if (rows <= 0) continue;
-        for (int64_t r = 0; b != held && r < rows; r++) {
+// Of a panel: not a power of two, as rows must not share cache sets.
+template <class P> static int64_t row_stride(int64_t K) { return K + 64 / (int64_t)sizeof(P); }
+
+// Rows whose panel stays in the L2 cache.
+template <class P> static int64_t block_rows(int64_t K) {
+    const int64_t unit = 96, block = 400 * 1024 / (row_stride<P>(K) * (int64_t)sizeof(P)) / unit * unit;
+    return block < unit ? unit : block;
+}
+
+// Tiles of columns in a work item, so that there are about four items for each thread.
+static inline int64_t run_tiles(int64_t tiles, int64_t blocks, const Context& c) {
+    const int64_t run = (tiles * blocks + 4 * c.count - 1) / (4 * c.count);
+    return run < 1 ? 1 : run > tiles ? tiles : run;
+}
+
+// Rows of x, which `row` points to, into a panel.
+template <class T, class R>
+static void fill(Panel<T>* a, int64_t lda, int64_t rows, int64_t Kx, int64_t K, R row) {
+    for (int64_t r = 0; r < rows; r++) {
 #if PX_AMX
-            if constexpr (sizeof(T) == 2) {
-                into_tiles((const T*)o.p[0] + (r0 + r) * o.n[2], a, r, Kx, K);
-                continue;
-            }
-#endif
-            widen((const T*)o.p[0] + (r0 + r) * o.n[2], a + r * lda, Kx);
-            memset((void*)(a + r * lda + Kx), 0, (K - Kx) * sizeof(P));
+        if constexpr (sizeof(T) == 2) {
+            into_tiles(row(r), a, r, Kx, K);
+            continue;
         }
-        held = b;
-        for (int64_t t = item % runs * run, end = t + run < tiles ? t + run : tiles; t < end; t++) {
-#if PX_AMX
-            if constexpr (sizeof(T) == 2)
-                columns(o, a, t, r0, (int)rows, configured);
-            else
 #endif
-                columns(o, a, lda, t, r0, (int)rows, (const T*)o.p[1]);
-        }
+        widen(row(r), a + r * lda, Kx);
+        memset((void*)(a + r * lda + Kx), 0, (K - Kx) * sizeof(Panel<T>));
     }
+}
+
+// The panel's rows times tiles from..to, as rows r0... of the output.
+template <class T>
+static void columns_of(const Op& o, const Panel<T>* a, int64_t lda, int64_t from, int64_t to, int64_t r0, int64_t rows,
+                       [[maybe_unused]] int& configured) {
+    for (int64_t t = from; t < to; t++) {
+#if PX_AMX
+        if constexpr (sizeof(T) == 2)
+            columns(o, a, t, r0, (int)rows, configured);
+        else
+#endif
+            columns(o, a, lda, t, r0, (int)rows, (const T*)o.p[1]);
+    }
+}
+
+static inline void release([[maybe_unused]] int configured) {
 #if PX_AMX
     if (configured) _tile_release();
 #endif
+}
+
+template <class T> static void linear(const Op& o, const Context& c) {
+    typedef Panel<T> P;
+    static constexpr int STEP = PX_AMX && sizeof(T) == 2 ? 32 : MAX_ROWS;
+    const int64_t K = o.n[0], M = c.rows(o), tiles = (o.n[1] + 31) / 32, lda = row_stride<P>(K);
+    int64_t block = block_rows<P>(K);
+    const int64_t blocks = (M + block - 1) / block, run = run_tiles(tiles, blocks, c);
+    if (!blocks) return;
+    block = ((M + blocks - 1) / blocks + STEP - 1) / STEP * STEP;
+    const int64_t runs = (tiles + run - 1) / run;
+    P* a = (P*)scratch(block * lda * sizeof(P));
+    int64_t held = -1;
+    int configured = 0;
+    for (int64_t item; (item = c.take()) < blocks * runs;) {
+        const int64_t b = item / runs, r0 = b * block, rows = M - r0 < block ? M - r0 : block, t = item % runs * run;
+        if (rows <= 0) continue;
+        if (b != held)
+            fill<T>(a, lda, rows, o.n[6], K, [&](int64_t r) { return (const T*)o.p[0] + (r0 + r) * o.n[2]; });
+        held = b;
+        columns_of<T>(o, a, lda, t, t + run < tiles ? t + run : tiles, r0, rows, configured);
+    }
+    release(configured);
 }

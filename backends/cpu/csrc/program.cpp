@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "moe.h"
 #include "sample.h"
 #include "small.h"
 
@@ -20,6 +21,9 @@ template <class T> static void execute(const Op& o, const Context& c) {
         case GATED: return gated<T>(o, c);
         case LAST: return last<T>(o, c);
         case ARGMAX: return argmax(o, c);
+        case ROUTE: return route<T>(o, c);
+        case EXPERTS: return experts<T>(o, c);
+        case SUM: return sum_pairs<T>(o, c);
     }
 }
 

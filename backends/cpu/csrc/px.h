@@ -6,9 +6,10 @@
 #pragma once
 #include <cstdint>
 
-enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX };
+enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM };
 enum Flag : int32_t { F32 = 1, SEQS = 2 };
 enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_GATE };  // the last two: gate and up interleaved by 16 columns
+enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2 };
 
 // kind      p[]                                    n[]                                              f[]
 // EMBED     table [V,H], out                       H
@@ -21,8 +22,12 @@ enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_GATE };  // the last two: g
 // GATED     x [.,2F], out [.,F]                    F, x stride
 // LAST      x, out [S,H]                           H, x stride
 // ARGMAX    x f32 [rows,V], out i32 [rows]         V
+// ROUTE     x, w f32 [E,H], bias f32 or null, weights f32 [T,K], plan   H, x stride, E, K, groups, top_groups,
+//                                                  group_best, RouteFlag                            scale
+// EXPERTS   x, w [E] as of LINEAR, null, plan, out [P,N]   the first seven of LINEAR, E        pairs to a row of x, 0 if sorted
+// SUM       parts [P,H], weights, plan, out [T,H]  H, K, E
 //
-// w of LINEAR: bf16 [N/32][K/2][32][2], f32 [N/32][K][32], both zero-padded. kv: [pages][Hk][2][page*D], where k is
+// The plan of ROUTE: csrc/moe.h. w of LINEAR: bf16 [N/32][K/2][32][2], f32 [N/32][K][32], both zero-padded. kv: [pages][Hk][2][page*D], where k is
 // bf16 [D/2][page][2] or f32 [D][page], and v is bf16 [page/2][D][2] or f32 [page][D].
 struct Op {
     int32_t kind, flags;

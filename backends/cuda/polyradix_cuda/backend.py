@@ -22,7 +22,9 @@ from polyradix.backend.protocol import (
     Limits,
     Memory,
     Params,
+    ParamSpec,
     Step,
+    Weight,
 )
 from polyradix_cuda.errors import all_told, told
 from polyradix_torch.backend import TorchBackend
@@ -30,6 +32,7 @@ from polyradix_torch.host import to_numpy, torch_dtype
 from polyradix_torch.sample import sample
 from polyradix_torch.triton.attention import tile_rows
 from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
+from polyradix_torch.triton.moe import Router
 from polyradix_torch.triton.ops import GpuMeta, TritonOps
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
@@ -118,7 +121,7 @@ class CudaBackend(TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"moe"},
+            features=FEATURES,
             step_tokens=8192,
             async_launch=True,
             mem_fraction=0.9,
@@ -133,6 +136,12 @@ class CudaBackend(TorchBackend):
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         steps = 0 if self._still is None else torch.cuda.max_memory_allocated(self._device) - self._still
         return Memory(free=free + kept - steps, total=total)
+
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+        return weight
+
+    def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return Router.of(weight, bias)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         self._page, self._dim = spec.page_size, (spec.head_dim, torch_dtype(spec.dtype).itemsize)

@@ -50,15 +50,21 @@ class TorchBackend(ABC):
         """A packed linear or logits weight."""
         return Linear(weight, bias)
 
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+        return [self._linear(spec, each, None) for each in weight]
+
+    def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return Router(self._linear(spec, weight, None), bias)
+
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         torch_dtype(spec.dtype)
         weight = to_torch(read(), self.device)
         if spec.kind in ("linear", "linear_reduce", "logits"):
             return self._linear(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
         if spec.kind == "experts":
-            return [self._linear(spec, each, None) for each in weight]
+            return self._experts(spec, weight)
         if spec.kind == "router":
-            return Router(self._linear(spec, weight, None), to_torch(read("bias"), self.device) if spec.bias else None)
+            return self._router(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
         return weight.float() if spec.kind == "norm" else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Collectives, Heads, LayerBody
+from polyradix.backend.protocol import AttnSpec, Collectives, Heads, LayerBody, MoeSpec, MoeWeights
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import Kernels
 from polyradix_tpu.kernels.xla import precision
-from polyradix_tpu.mesh import Packed
+from polyradix_tpu.mesh import AXIS, Packed
+from polyradix_tpu.moe import route, spread
 
 
 class JaxOps(Expansions):
@@ -67,6 +68,17 @@ class JaxOps(Expansions):
             raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
         gate, up = jnp.split(_wide(x), 2, axis=-1)
         return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+    def moe(self, x: jax.Array, w: MoeWeights, s: MoeSpec) -> jax.Array:
+        ids, weights = route(_product(x, w.router), w.router.bias, s)
+        split, here = w.down.axis is not None and self._collectives.size > 1, len(w.down.value)
+
+        def run(rows: jax.Array, sizes: jax.Array) -> jax.Array:
+            inner = self._kernels.grouped(rows, w.gate_up.value, sizes)
+            return self._kernels.grouped(self.gated(inner, "silu"), w.down.value, sizes)
+
+        total = spread(x, ids, weights, jax.lax.axis_index(AXIS) * here if split else 0, here, run)
+        return (self._collectives.all_reduce(total) if split else total).astype(x.dtype)
 
     def last(self, x: jax.Array, m: JaxMeta) -> jax.Array:
         return x[m.last]

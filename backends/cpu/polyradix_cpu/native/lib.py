@@ -16,10 +16,11 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 NEEDS = {"amx": AVX512 | {"amx_tile", "amx_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}  # best first
 F32, SEQS = 1, 2
 PLAIN, SPLIT_GATE, FUSED_GATE = range(3)
+SOFTMAX, RENORMALISE = 1, 2
 
 
 class Kind(IntEnum):
-    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX = range(10)
+    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM = range(13)
 
 
 class Op(ctypes.Structure):

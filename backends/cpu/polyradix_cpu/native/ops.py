@@ -13,7 +13,8 @@ import torch
 from polyradix.backend.batch import SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expanded, Expansions, expansion_forced
-from polyradix.backend.protocol import AttnSpec, Compiled, Heads, Limits, Params, Step
+from polyradix.backend.protocol import AttnSpec, Compiled, Heads, Limits, MoeSpec, MoeWeights, Params, Step
+from polyradix_cpu.native import lib
 from polyradix_cpu.native.kv import LayerKV
 from polyradix_cpu.native.lib import F32, FUSED_GATE, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op, Samples
 from polyradix_cpu.native.params import NativeWeight, Tensor
@@ -149,6 +150,30 @@ class NativeOps(Expansions):
         self._check_gate(kind)
         half = x.shape[1] // 2
         return self._emit(Kind.GATED, x, (x.shape[0], half), [x], [half, _stride(x)])[0]
+
+    def moe(self, x: Tensor, w: MoeWeights, s: MoeSpec) -> Tensor:
+        tokens, hidden = x.shape
+        flags = lib.SOFTMAX * (s.scoring == "softmax") | lib.RENORMALISE * s.renormalise
+        sizes = [hidden, _stride(x), s.experts, s.top_k, s.groups, s.top_groups, s.group_best, flags]
+        chosen, room = (tokens, s.top_k), (s.experts + 1 + 3 * tokens * s.top_k,)  # int32 in a float32 buffer
+        args = [x, w.router.data, w.router.bias]
+        weights, plan = self._emit(Kind.ROUTE, x, chosen, args, sizes, [s.scale], dtype=torch.float32, extra=[room])
+        both = self._experts(x, w.gate_up, plan, s.top_k, s.top_k)
+        inner = w.down.shape[2]
+        (part,) = self._emit(Kind.GATED, both, (*chosen, inner), [both], [inner, 2 * inner], mult=s.top_k)
+        parts = self._experts(part, w.down, plan, s.top_k)
+        args = [parts, weights, plan]
+        return self._emit(Kind.SUM, parts, (tokens, hidden), args, [hidden, s.top_k, s.experts])[0]
+
+    def _experts(self, x: Tensor, w: NativeWeight, plan: Tensor, top_k: int, each: int = 0) -> Tensor:
+        """Rows of all pairs, sorted by expert, as [T,top_k,N]; `each` pairs share a row of x, which is sorted if 0."""
+        experts, n, k = w.shape
+        if x.shape[-1] != k or x.dtype != w.data.dtype:
+            raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; expected rows of {k} {w.data.dtype}")
+        stride = _stride(x) if each else k
+        sizes = [w.depth, n, stride, n, PLAIN, int(x.dtype == torch.float32), k, experts]
+        args, shape = [x, w.data, None, plan], (x.shape[0], top_k, n)
+        return self._emit(Kind.EXPERTS, x, shape, args, sizes, [each], mult=top_k)[0]
 
     def last(self, x: Tensor, m: NativeMeta) -> Tensor:
         return self._emit(Kind.LAST, x, (m.S, x.shape[1]), [x], [x.shape[1], _stride(x)], m=m, seqs=True)[0]

@@ -22,8 +22,9 @@ class NativeWeight:
     """One packed parameter. `data` is, by kind:
 
     embed [V,H] in the dtype; norm [n] float32; rope [positions,D] float32; the linears bf16 [N/32][K/2][32][2] or f32
-    [N/32][K][32], zero-padded to K = `depth`. `bias` is float32 in the order of packed columns. `gated` says that the
-    two halves of the rows are interleaved by 16, so that a gated linear is one pass."""
+    [N/32][K][32], zero-padded to K = `depth`; experts one of these after the other; router [E,H] float32. `bias` is
+    float32 in the order of packed columns. `gated` says that the two halves of the rows are interleaved by 16, so that
+    a gated linear is one pass."""
 
     kind: str
     data: Tensor
@@ -87,14 +88,25 @@ def pack_linear(w: Tensor, bias: Tensor | None = None, gated: bool = False, kind
     return NativeWeight(kind, data, (n, k), depth, packed, gated)
 
 
+def pack_experts(w: Tensor) -> NativeWeight:
+    """w [E,N,K] bf16 or f32."""
+    first = pack_linear(w[0])
+    data = huge_empty((len(w), *first.data.shape), w.dtype)
+    for held, one in zip(data, w, strict=True):
+        held.copy_(pack_linear(one).data)
+    return NativeWeight("experts", data, tuple(w.shape), first.depth)
+
+
 def pack(spec: ParamSpec, read: Reader) -> NativeWeight:
     """One parameter of the graph, in the layout its kind wants."""
     w = from_host(read())
     if spec.kind in ("linear", "linear_reduce", "logits"):
         gated = spec.kind == "linear" and len(spec.segments) == 2 and spec.segments[0] == spec.segments[1]
         return pack_linear(w, from_host(read("bias")) if spec.bias else None, gated, spec.kind)
-    if spec.kind in ("norm", "rope"):
+    if spec.kind == "experts":
+        return pack_experts(w)
+    if spec.kind in ("norm", "rope", "router"):
         w = w.float()
     data = huge_empty(tuple(w.shape), w.dtype)
     data.copy_(w)
-    return NativeWeight(spec.kind, data, tuple(w.shape))
+    return NativeWeight(spec.kind, data, tuple(w.shape), bias=from_host(read("bias")) if spec.bias else None)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import AttnSpec
+from polyradix.backend.protocol import AttnSpec, MoeSpec, MoeWeights
 from polyradix_torch.ops import Linear, Products
-from polyradix_torch.triton import attention, rows, skinny
+from polyradix_torch.triton import attention, moe, rows, skinny
 from polyradix_torch.triton.attention import Paged
 
 
@@ -61,6 +61,9 @@ class TritonOps(Products):
         if kind != "silu":
             raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
         return rows.gated(x)
+
+    def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        return moe.moe(x, w, s)
 
     def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return x[m.last]

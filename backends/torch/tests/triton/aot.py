@@ -106,6 +106,24 @@ def launches() -> Iterator[Launch]:
         (torch.float32, 256, 2, None),
     ):
         yield f"D{dim} G{group} {dtype} shared", attend(dtype, dim, group, 1, softcap, shared=True)
+    for name, tokens in (("bfloat16", 4), ("bfloat16", 200), ("bfloat16", 512), ("bfloat16", 8192), ("float32", 64)):
+        yield f"64 experts M{tokens} {name}", moe(getattr(torch, name), tokens)
+
+
+def moe(dtype: Any, tokens: int) -> Callable[[], Any]:
+    """DeepSeek-V2-Lite's widths, the groups and the bias of DeepSeek-V3."""
+    import torch
+
+    from polyradix.backend.protocol import MoeSpec, MoeWeights
+    from polyradix_torch.triton import moe
+
+    def empty(*shape: int, to: Any = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=to, device="meta")
+
+    router = moe.Router(empty(3, 64, 2048, to=torch.bfloat16), empty(64, to=torch.float32))
+    weights = MoeWeights(router, empty(64, 2 * 1408, 2048), empty(64, 2048, 1408))
+    spec = MoeSpec(64, 6, "sigmoid", True, 2.5, groups=8, top_groups=4, group_best=2)
+    return lambda: moe.moe(empty(tokens, 2048), weights, spec)
 
 
 def attend(

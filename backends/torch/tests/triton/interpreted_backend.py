@@ -8,10 +8,11 @@ import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import FEATURES, Capabilities
-from polyradix.backend.protocol import KV, Array, KVSpec, Memory
+from polyradix.backend.protocol import KV, Array, KVSpec, Memory, ParamSpec, Weight
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.sample import sample
 from polyradix_torch.triton.attention import tile_rows
+from polyradix_torch.triton.moe import Router
 from polyradix_torch.triton.ops import TritonOps
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
@@ -30,13 +31,19 @@ class Interpreted(TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"moe"},
+            features=FEATURES,
         )
         super().__init__(caps, TritonOps(), "cpu")
         self._splits, self._page, self._dim = splits, 16, (64, 4)
 
     def memory(self) -> Memory:
         return Memory(1 << 30, 1 << 31)
+
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+        return weight
+
+    def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return Router.of(weight, bias)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         self._page, self._dim = spec.page_size, (spec.head_dim, 2 if spec.dtype == "bfloat16" else 4)

@@ -1,9 +1,11 @@
-"""Attention over the paged cache: `xla` runs anywhere; a Pallas kernel has a folder of its own and the same signature.
+"""Attention over the paged cache, and products grouped by expert: `xla` runs anywhere; a Pallas kernel has a folder of
+its own and the same signature.
 
 `Attend` takes q [T,Hq,D], the layer's cache [pages, page, 2*Hk, C] with this batch's k and v already in it, the batch,
 and the rank's AttnSpec; it gives [T,Hq,D] in q's dtype. `Write` takes k and v [T,Hk,D] and gives the new cache. Keys
 and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1. C is D, or more with
-zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis.
+zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis. `Grouped` is
+grouped_matmul's.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from jax.experimental.pallas import tpu as pltpu
 from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels import kv_write, xla
+from polyradix_tpu.kernels import grouped_matmul, kv_write, xla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
+from polyradix_tpu.kernels.grouped_matmul import validate
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
+Grouped: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 NAMES = ("auto", "pallas", "xla")
 
@@ -35,6 +39,7 @@ class Kernels:
     name: str
     write: Write
     attend: Attend
+    grouped: Grouped
     tile: int = batch.TILE
 
 
@@ -46,13 +51,18 @@ def _attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
     return (xla if ragged.problems(q, kv, m.shape, a) else ragged).attend(q, kv, m, a)
 
 
-XLA = Kernels("XLA", xla.write, xla.attend)
+def _grouped(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+    found = validate.problems(lhs, rhs, sizes, grouped_matmul.choose(lhs, rhs))
+    return (grouped_matmul.xla if found else grouped_matmul.grouped_matmul)(lhs, rhs, sizes)
+
+
+XLA = Kernels("XLA", xla.write, xla.attend, grouped_matmul.xla)
 """Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
 
-PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, ragged.TILE)
+PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, grouped_matmul.grouped_matmul, ragged.TILE)
 """Compiled for a TPU; raises ValueError for shapes that the kernels do not take."""
 
-AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, ragged.TILE)
+AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, _grouped, ragged.TILE)
 
 
 def choose(name: str, on_tpu: bool) -> Kernels:
@@ -64,5 +74,6 @@ def choose(name: str, on_tpu: bool) -> Kernels:
     if on_tpu:
         return AUTO if name == "auto" else PALLAS
     interpret = pltpu.InterpretParams()
-    write, attend = (partial(f, interpret=interpret) for f in (kv_write.write, ragged.attend))
-    return Kernels("Pallas, interpreted", write, attend)
+    own = (kv_write.write, ragged.attend, grouped_matmul.grouped_matmul)
+    write, attend, grouped = (partial(f, interpret=interpret) for f in own)
+    return Kernels("Pallas, interpreted", write, attend, grouped)
