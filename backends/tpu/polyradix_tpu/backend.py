@@ -94,7 +94,7 @@ class TPUBackend:
             page_sizes=(16, 32, 64, 128, 8),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"moe"},
+            features=FEATURES - {"moe", "mla"},
             async_launch=True,
             max_tp=len(devices),
             emulated=not self._real,
