@@ -47,7 +47,7 @@ class TorchCPUBackend(TorchBackend):
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
         caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES)
-        super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load())), "cpu")
+        super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:
         return host.memory()
