@@ -3,7 +3,8 @@
 `Attend` takes q [T,Hq,D], the layer's cache [pages, page, 2*Hk, C] with this batch's k and v already in it, the batch,
 and the rank's AttnSpec; it gives [T,Hq,D] in q's dtype. `Write` takes k and v [T,Hk,D] and gives the new cache. Keys
 and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1. C is D, or more with
-zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis.
+zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis. `Latent`
+is the first result of mla_attention.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -20,12 +21,29 @@ from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import kv_write, xla
+from polyradix_tpu.kernels import mla_attention as mla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
 
+Latent: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta, float], jax.Array]
+
 NAMES = ("auto", "pallas", "xla")
+
+
+def _latent_xla(q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float) -> jax.Array:
+    return mla.mla_attention_xla(q_latent, q_rope, cache, m, scale)[0]
+
+
+def _latent_pallas(*args: Any, interpret: Any = False) -> jax.Array:
+    return mla.mla_attention(*args, interpret=interpret)[0]
+
+
+def _latent(q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float) -> jax.Array:
+    blocks = mla.choose(q_latent.shape[1], cache.shape[1], m.shape)
+    found = mla.problems(q_latent, q_rope, cache, m.shape, blocks)
+    return (_latent_xla if found else _latent_pallas)(q_latent, q_rope, cache, m, scale)
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class Kernels:
     write: Write
     attend: Attend
     tile: int = batch.TILE
+    latent: Latent = _latent_xla
 
 
 def _write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
@@ -49,10 +68,10 @@ def _attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
 XLA = Kernels("XLA", xla.write, xla.attend)
 """Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
 
-PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, ragged.TILE)
+PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, ragged.TILE, latent=_latent_pallas)
 """Compiled for a TPU; raises ValueError for shapes that the kernels do not take."""
 
-AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, ragged.TILE)
+AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, ragged.TILE, latent=_latent)
 
 
 def choose(name: str, on_tpu: bool) -> Kernels:
@@ -65,4 +84,4 @@ def choose(name: str, on_tpu: bool) -> Kernels:
         return AUTO if name == "auto" else PALLAS
     interpret = pltpu.InterpretParams()
     write, attend = (partial(f, interpret=interpret) for f in (kv_write.write, ragged.attend))
-    return Kernels("Pallas, interpreted", write, attend)
+    return Kernels("Pallas, interpreted", write, attend, latent=partial(_latent_pallas, interpret=interpret))
