@@ -64,6 +64,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "dynamic-rope": (  # of the longest context, which is the length of the sequence here
+        "Llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+            "max_position_embeddings": (PREFILL + STEPS) // 3,
+        },
+    ),
     "yarn-rope": ("Llama", {"rope_parameters": YARN}),
     "yarn-rope-own-magnitude": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3, "truncate": False}}),
     "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 32}),
