@@ -23,6 +23,7 @@ from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import kv_write, xla
 from polyradix_tpu.kernels import mla_attention as mla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
+from polyradix_tpu.kernels.mla_attention.validate import problems as latent_problems
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
@@ -42,7 +43,7 @@ def _latent_pallas(*args: Any, interpret: Any = False) -> jax.Array:
 
 def _latent(q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float) -> jax.Array:
     blocks = mla.choose(q_latent.shape[1], cache.shape[1], m.shape)
-    found = mla.problems(q_latent, q_rope, cache, m.shape, blocks)
+    found = latent_problems(q_latent, q_rope, cache, m.shape, blocks)
     return (_latent_xla if found else _latent_pallas)(q_latent, q_rope, cache, m, scale)
 
 
