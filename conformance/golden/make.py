@@ -59,7 +59,41 @@ def theta(value: float) -> dict[str, Any]:
 
 
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LATENT = {
+    "head_dim": 16,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 96,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 48,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek-dense": (
+        "DeepseekV3",
+        {
+            **LATENT,
+            "first_k_dense_replace": 3,
+            "q_lora_rank": None,
+            "attention_bias": True,
+            "rope_interleave": False,
+            **theta(10000.0),
+        },
+    ),
+    "deepseek-v2": ("DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek-v2-lite": ("DeepseekV2", {**LATENT, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek-v3": ("DeepseekV3", LATENT),
     "llama": ("Llama", {"rope_parameters": LLAMA3, "num_hidden_layers": 3}),
     "llama-bias": (
         "Llama",
@@ -70,6 +104,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 20, "num_hidden_layers": 3, **theta(10000.0)}),
+    "mistral-large-3": (
+        "Mistral4",
+        {
+            **LATENT,
+            "head_dim": 48,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.2},
+        },
+    ),
     "mixtral": ("Mixtral", {**EXPERTS, "intermediate_size": 128, **theta(1000000.0)}),
     "qwen2": ("Qwen2", theta(1000000.0)),
     "qwen3": ("Qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3, **theta(1000000.0)}),
@@ -132,7 +176,8 @@ def tied(config: Any, name: str) -> bool:
 def build(config: Any, dtype: Any, attention: str = "eager", seed: int = 0) -> Any:
     """transformers' class with the golden weights."""
     plain = {"dtype": dtype, "attn_implementation": attention, "experts_implementation": "eager"}
-    model = transformers.AutoModelForCausalLM.from_config(config, **plain).eval()
+    kind = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
+    model = kind._from_config(config, **plain).eval()  # Mistral4 is not in AutoModelForCausalLM's table
     state = {
         name: torch.from_numpy(weights(name, tuple(t.shape), seed).copy()).to(dtype)
         for name, t in model.state_dict().items()

@@ -14,6 +14,7 @@ import numpy as np
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import AttnSpec, Backend, Heads, KVSpec, Limits, ParamKind, Params, ParamSpec
+from polyradix.backend.shard import AXES
 from polyradix_conformance.inputs import Part, Ragged
 from polyradix_conformance.oracle import HOST, Arr
 from polyradix_conformance.tolerance import K, worst_ratio
@@ -42,9 +43,9 @@ class Rig:
         return self.backend.collectives.size
 
     def pack(self, kind: ParamKind, value: Arr, bias: Arr | None = None, segments: tuple[int, ...] = ()) -> Any:
-        """Split over ranks as in a model: logits by rows, experts by id, linear_reduce by columns, linear by rows of
-        each segment; one without segments is whole on every rank."""
-        axis = {"linear": 0 if segments else None, "linear_reduce": 1, "logits": 0, "experts": 0}.get(kind)
+        """Split over ranks as in a model: logits by rows, experts by id, latent_up by head, linear_reduce by columns,
+        linear by rows of each segment; one without segments is whole on every rank."""
+        axis = {**AXES, "linear": 0 if segments else None}.get(kind)
         dtype: Any = "float32" if kind in ("rope", "router") else self.dtype
         self._packed += 1
         spec = ParamSpec(f"{kind}_{self._packed}", kind, value.shape, dtype, segments, axis, bias is not None)

@@ -231,8 +231,42 @@ def test_a_defect_in_a_model_with_experts_is_seen(kind: type[Any], case: str, un
     assert run_case(CASES[f"L3/{unseen}/float32"], open).status == "pass"
 
 
+class TemperatureLost(NumpyOps):
+    def attend_latent(self, q: Any, c: Any, kv: Any, m: Any, w: Any, a: Any) -> Any:
+        return super().attend_latent(q, c, kv, m, w, dataclasses.replace(a, attn_scale=0.0))
+
+
+class LatentScalePlain(NumpyOps):
+    """YaRN's part of the scale is lost."""
+
+    def attend_latent(self, q: Any, c: Any, kv: Any, m: Any, w: Any, a: Any) -> Any:
+        return super().attend_latent(q, c, kv, m, w, dataclasses.replace(a, scale=(a.nope + a.rope) ** -0.5))
+
+
+class SelectionBiasLost(NumpyBackend):
+    def pack(self, spec: Any, read: Any) -> Any:
+        return super().pack(dataclasses.replace(spec, bias=spec.bias and spec.kind != "router"), read)
+
+
 @pytest.mark.parametrize(
-    ("family", "feature"), [("mistral", "window"), ("qwen2", "bias"), ("qwen3", "qk_norm"), ("mixtral", "moe")]
+    ("kind", "case", "unseen"),
+    [
+        (TemperatureLost, "mistral-large-3/decode", "deepseek-v3/decode"),
+        (LatentScalePlain, "deepseek-v2/whole", "mistral-large-3/whole"),
+        (SelectionBiasLost, "deepseek-v3/whole", "deepseek-v2/whole"),
+        (NeverRenormalised, "deepseek-v3/chunked", "deepseek-v2-lite/chunked"),
+        (ReduceBiasLost, "deepseek-dense/mixed", "deepseek-v3/mixed"),
+    ],
+)
+def test_a_defect_in_a_model_with_latent_attention_is_seen(kind: type[Any], case: str, unseen: str) -> None:
+    open = broken(kind)
+    assert run_case(CASES[f"L3/{case}/float32"], open).status == "fail"
+    assert run_case(CASES[f"L3/{unseen}/float32"], open).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("family", "feature"),
+    [("mistral", "window"), ("qwen2", "bias"), ("qwen3", "qk_norm"), ("mixtral", "moe"), ("deepseek-dense", "mla")],
 )
 def test_a_model_needs_its_features(family: str, feature: str) -> None:
     assert feature in CASES[f"L3/{family}/whole/float32"].needs.features

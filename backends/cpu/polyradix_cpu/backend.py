@@ -48,7 +48,7 @@ class TorchCPUBackend(TorchBackend):
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
         caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES)
-        super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load())), "cpu")
+        super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:
         return host.memory()
@@ -64,7 +64,7 @@ class NativeBackend(TorchBackend):
     def __init__(self, library: native.Library) -> None:
         self._native = native.NativeOps(library)
         verbs = {name: getattr(self._native, name) for name in vars(Ops) if not name.startswith("_")}
-        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True, FEATURES)
+        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True, FEATURES - {"mla"})
         super().__init__(caps, cast(Ops, SimpleNamespace(**verbs)), "cpu")
 
     def memory(self) -> Memory:

@@ -121,7 +121,7 @@ class CudaBackend(TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES,
+            features=FEATURES - {"mla"},
             step_tokens=8192,
             async_launch=True,
             mem_fraction=0.9,

@@ -37,7 +37,7 @@ from polyradix_torch.ops import Linear, TorchMeta
 
 
 class TorchBackend(ABC):
-    """Eager torch on one device. KV: per layer a pair of tensors [pages, page_size, kv_heads, head_dim]."""
+    """Eager torch on one device. KV: per layer its parts, each [pages, page_size, kv_heads, head_dim]."""
 
     def __init__(self, caps: Capabilities, ops: Ops, device: str) -> None:
         self.caps, self.ops, self.device = caps, ops, device
@@ -65,17 +65,20 @@ class TorchBackend(ABC):
             return self._experts(spec, weight)
         if spec.kind == "router":
             return self._router(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
-        return weight.float() if spec.kind == "norm" else weight
+        return weight.float() if spec.kind in ("norm", "latent_up") else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_layer = 2 * spec.page_size * spec.kv_heads * spec.head_dim
+        per_layer = spec.parts * spec.page_size * spec.kv_heads * spec.head_dim
         return per_layer * spec.layers * int(torch_dtype(spec.dtype).itemsize)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         shape = (pages, spec.page_size, spec.kv_heads, spec.head_dim)
         dtype = torch_dtype(spec.dtype)
-        return [tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in "kv") for _ in range(spec.layers)]
+        return [
+            tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(spec.parts))
+            for _ in range(spec.layers)
+        ]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         with torch.inference_mode():
@@ -126,8 +129,9 @@ class TorchBackend(ABC):
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         with torch.inference_mode():
-            k, v = (torch.stack([layer[part][list(pages)] for layer in kv]) for part in (0, 1))
-            return done(to_numpy(torch.stack([k, v])))
+            parts = range(len(kv[0]))
+            each = [torch.stack([layer[part][list(pages)] for layer in kv]) for part in parts]
+            return done(to_numpy(torch.stack(each)))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
         with torch.inference_mode():

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads, MoeSpec, MoeWeights
+from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
 from polyradix_torch.moe import SERIAL, route, spread, weighted
 
 TILE = 4  # decode computes TILE rows for one, prefill makes one call per TILE tokens: measured as the best balance
@@ -70,13 +71,14 @@ class Products(Expansions):
 
 
 class TorchOps(Products):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place.
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, or one tensor.
 
-    `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D].
+    `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D]. Unless `invariant`,
+    latent attention takes the form with fewer multiplications, and a token's bits depend on its batch.
     """
 
-    def __init__(self, read: Attend | None = None) -> None:
-        self._read = read or attend_tiles
+    def __init__(self, read: Attend | None = None, invariant: bool = True) -> None:
+        self._read, self._invariant = read or attend_tiles, invariant
 
     def embed(self, w: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return w[m.tokens]
@@ -99,6 +101,35 @@ class TorchOps(Products):
         for cache, new in zip(kv, (k, v), strict=True):
             cache.view(-1, *cache.shape[2:]).index_copy_(0, m.slots, new)
         return self._read(q, kv, m, a), kv
+
+    def attend_latent(
+        self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec
+    ) -> Any:
+        (cache,) = kv
+        nope, turned = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
+        turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
+        rows = torch.cat([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0]], dim=1)
+        cache.view(-1, cache.shape[-1]).index_copy_(0, m.slots, rows)
+        asked = torch.cat([nope, turned], dim=-1).float()
+        if a.attn_scale:
+            asked *= (1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log())[:, None, None]
+        return self._latent(asked, cache, m, w.up, a).to(q.dtype).flatten(1), kv
+
+    def _latent(
+        self, q: torch.Tensor, cache: torch.Tensor, m: TorchMeta, up: torch.Tensor, a: LatentSpec
+    ) -> torch.Tensor:
+        """q [T,H,nope+rope] float32 -> [T,H,v]."""
+        alone = AttnSpec(Heads(len(up), 1, a.rank + a.rope), a.scale)
+        absorbed, out = absorb(q, up, a), q.new_empty(len(q), len(up), a.v)
+        for s, length in enumerate(m.kv_len):
+            held = _gather(cache, m.pages[s, : -(-length // cache.shape[1])], length)
+            rows = slice(m.rows[s], m.rows[s + 1])
+            if not self._invariant and expanding_pays(rows.stop - rows.start, length, a):
+                out[rows] = expanded(q[rows], held[0, :length], up, a)
+            else:
+                mean = _sequence(absorbed[rows], held, held[..., : a.rank], length, alone)
+                out[rows] = unabsorb(mean, up, a)
+        return out
 
     def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
         width = x.shape[-1] // 2
@@ -153,7 +184,7 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tens
 
 
 def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, a: AttnSpec) -> torch.Tensor:
-    """The newest len(q) tokens of one sequence of `length`: q [n,Hq,D], k and v [Hkv,L,D] -> [n,Hq,D]."""
+    """The newest len(q) tokens of one sequence of `length`: q [n,Hq,D], k [Hkv,L,D], v [Hkv,L,Dv] -> [n,Hq,Dv]."""
     n, group, dim = len(q), a.heads.q // a.heads.kv, a.heads.dim
     start = length - n
     first, ahead = start // TILE, start % TILE
@@ -163,12 +194,12 @@ def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int, a:
     folded = padded.view(tiles, TILE, a.heads.kv, group, dim).permute(0, 2, 3, 1, 4)
     folded = folded.reshape(tiles, a.heads.kv, group * TILE, dim)
     parts = [_tile(folded[i], k, v, (first + i) * TILE, a) for i in range(tiles)]
-    out = torch.stack(parts).view(tiles, a.heads.kv, group, TILE, dim).permute(0, 3, 1, 2, 4)
-    return out.reshape(tiles * TILE, a.heads.q, dim)[ahead : ahead + n]
+    out = torch.stack(parts).view(tiles, a.heads.kv, group, TILE, v.shape[2]).permute(0, 3, 1, 2, 4)
+    return out.reshape(tiles * TILE, a.heads.q, v.shape[2])[ahead : ahead + n]
 
 
 def _tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, a: AttnSpec) -> torch.Tensor:
-    """Positions start..start+TILE: q [Hkv, group*TILE, D] -> the same shape. Reads keys up to its own end only."""
+    """Positions start..start+TILE: q [Hkv, group*TILE, D] -> [Hkv, group*TILE, Dv]. Reads keys up to its own end."""
     stop = start + TILE
     begin = 0 if a.window is None else max(0, start - a.window + 1)
     scores = torch.bmm(q, k[:, begin:stop].transpose(1, 2)).mul_(a.scale)

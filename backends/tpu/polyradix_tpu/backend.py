@@ -40,7 +40,7 @@ from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
 from polyradix_tpu.device import host_memory
 from polyradix_tpu.kernels import choose
-from polyradix_tpu.mesh import AXIS, HEADS, LANES, MeshCollectives, cache_shape, kv_page_bytes, make_mesh, place
+from polyradix_tpu.mesh import AXIS, LANES, MeshCollectives, cache_shape, cache_split, kv_page_bytes, make_mesh, place
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
 
@@ -64,8 +64,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Cache:
-    """What the core holds as a KV: an array [pages, page, 2*Hk, C] per layer, split over the mesh by heads. What is
-    beyond the head size `dim` stays zero."""
+    """What the core holds as a KV: an array per layer, see mesh.cache_shape, split over the mesh by heads or not at
+    all. What is beyond the head size `dim` stays zero."""
 
     layers: list[jax.Array]
     dim: int
@@ -129,8 +129,9 @@ class TPUBackend:
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         check_kv(spec, self._mesh.size)
-        shape, where = cache_shape(spec, pages, self._lanes), NamedSharding(self._mesh, HEADS)
-        layers = [jnp.zeros(shape, HOST_DTYPES[spec.dtype], device=where) for _ in range(spec.layers)]
+        layer = jax.ShapeDtypeStruct(cache_shape(spec, pages, self._lanes), HOST_DTYPES[spec.dtype])
+        where = NamedSharding(self._mesh, cache_split(layer))
+        layers = [jnp.zeros(layer.shape, layer.dtype, device=where) for _ in range(spec.layers)]
         return Cache(layers, spec.head_dim)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
@@ -172,14 +173,15 @@ class TPUBackend:
         return self._fetch(held, lambda x: np.moveaxis(x[:, : len(pages)], 4, 0))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
-        page, rows, width = kv.layers[0].shape[1:]
-        expected = (2, len(kv.layers), len(pages), page, rows // 2, kv.dim)
+        page, width, parts = kv.layers[0].shape[1], kv.layers[0].shape[-1], kv.layers[0].ndim - 2
+        heads = kv.layers[0].shape[2] // 2 if parts == 2 else 1
+        expected = (parts, len(kv.layers), len(pages), page, heads, kv.dim)
         if data.shape != expected:
             raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
         ids = self._page_ids(pages)
-        padded = np.zeros((len(kv.layers), len(ids), page, rows // 2, 2, width), kv.layers[0].dtype)
+        padded = np.zeros((len(kv.layers), len(ids), page, heads, parts, width), kv.layers[0].dtype)
         padded[:, : len(pages), ..., : kv.dim] = np.moveaxis(data, 0, 4)
-        where = NamedSharding(self._mesh, PartitionSpec(None, None, None, AXIS))
+        where = NamedSharding(self._mesh, PartitionSpec(None, None, None, AXIS if parts == 2 else None))
         return Cache(_import(kv.layers, ids, jax.device_put(padded, where)), kv.dim)
 
     def fetch(self, x: Array) -> Future[HostArray]:
@@ -225,12 +227,12 @@ def _copy(kv: list[jax.Array], src: jax.Array, dst: jax.Array) -> list[jax.Array
 
 @partial(jax.jit, static_argnums=2)
 def _export(kv: list[jax.Array], pages: jax.Array, dim: int) -> jax.Array:
-    """[layer, page, slot, head, 2(k,v), dim]"""
+    """[layer, page, slot, head, part, dim]"""
     held = jnp.stack([x[pages] for x in kv])[..., :dim]
-    return held.reshape(*held.shape[:3], -1, 2, dim)
+    return held.reshape(*held.shape[:3], -1, kv[0].ndim - 2, dim)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _import(kv: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
-    """`data` [layer, page, slot, head, 2(k,v), C]."""
+    """`data` [layer, page, slot, head, part, C]."""
     return [x.at[pages].set(part.reshape(-1, *x.shape[1:])) for x, part in zip(kv, data, strict=True)]

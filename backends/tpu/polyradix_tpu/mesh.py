@@ -60,14 +60,23 @@ def abstract(mesh: Mesh, spec: ParamSpec) -> Packed:
     return Packed(struct((rows, *spec.shape[1:]), specs.value), bias, spec.shape[0], spec.shard_axis)
 
 
-def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, int, int, int]:
-    """Of a layer: [pages, page, 2*Hk, C], where C is the head size rounded up to `lanes`."""
+def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, ...]:
+    """Of a layer: [pages, page, 2*Hk, C], where C is the head size rounded up to `lanes`; of a latent one, [pages,
+    page, W], where W is the row rounded up to LANES anywhere."""
+    if spec.kind == "latent":
+        return pages, spec.page_size, -(-spec.head_dim // LANES) * LANES
     return pages, spec.page_size, 2 * spec.kv_heads, -(-spec.head_dim // lanes) * lanes
 
 
 def kv_page_bytes(spec: KVSpec, tp: int, lanes: int) -> int:
     """Bytes of one page on one device, all layers."""
-    return spec.layers * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize // tp
+    whole = spec.layers * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize
+    return whole if spec.kind == "latent" else whole // tp
+
+
+def cache_split(layer: Any) -> PartitionSpec:
+    """Of a layer's cache: by heads, or whole on every rank if it is latent."""
+    return HEADS if layer.ndim == 4 else PartitionSpec()
 
 
 def partition(w: Packed) -> Packed:

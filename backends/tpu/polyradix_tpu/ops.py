@@ -12,16 +12,25 @@ import jax.numpy as jnp
 
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Collectives, Heads, LayerBody, MoeSpec, MoeWeights
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Collectives,
+    Heads,
+    LatentSpec,
+    LatentWeights,
+    LayerBody,
+    MoeSpec,
+    MoeWeights,
+)
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import Kernels
-from polyradix_tpu.kernels.xla import precision
+from polyradix_tpu.kernels.xla import precision, write_rows
 from polyradix_tpu.mesh import AXIS, Packed
 from polyradix_tpu.moe import route, spread
 
 
 class JaxOps(Expansions):
-    """A layer's KV is an array [pages, page, 2*Hk, D]; see kernels."""
+    """A layer's KV is an array [pages, page, 2*Hk, D], or [pages, page, W] if it is latent; see kernels."""
 
     def __init__(self, collectives: Collectives, kernels: Kernels) -> None:
         self._collectives, self._kernels = collectives, kernels
@@ -62,6 +71,21 @@ class JaxOps(Expansions):
         kv = self._kernels.write(k, v, kv, m)
         out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads)))
         return out.reshape(len(q), -1), kv
+
+    def attend_latent(
+        self, q: jax.Array, c: jax.Array, kv: jax.Array, m: JaxMeta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[jax.Array, jax.Array]:
+        """Absorbed, whatever the batch: the kernel knows latent rows alone."""
+        q = q.reshape(len(q), -1, a.nope + a.rope)
+        turned, key = self.rope(q[..., a.nope :], c[:, None, a.rank :], w.table, m)
+        rows = jnp.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0]], axis=1)
+        kv = write_rows(rows, kv, m)
+        asked = _per_head("thn,hnr->thr", q[..., : a.nope], w.up.value[:, : a.nope])
+        warm = (1 + a.attn_scale * jnp.log1p(m.positions // a.floor_scale))[:, None, None]
+        asked, turned = ((warm * x).astype(kv.dtype) for x in (asked, turned))
+        mean = self._kernels.latent(asked, turned, kv, m, a.scale)
+        out = _per_head("thr,hvr->thv", mean, w.up.value[:, a.nope :])
+        return out.astype(q.dtype).reshape(len(q), -1), kv
 
     def gated(self, x: jax.Array, kind: Literal["silu"]) -> jax.Array:
         if kind != "silu":
@@ -107,6 +131,11 @@ def _product(x: jax.Array, w: Packed) -> jax.Array:
     """x w^T, float32, of values in the dtype of the weight."""
     x, contract = x.astype(w.value.dtype), (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, w.value, contract, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _per_head(form: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """In the dtype of w: summed in float32 all the same, and XLA's CPU has no such product that stays float32."""
+    return jnp.einsum(form, x.astype(w.dtype), w, precision=precision(w.dtype))
 
 
 def _biased(product: jax.Array, w: Packed) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from polyradix.backend.protocol import Ops, Params, Step
 from polyradix_tpu.batch import Shape, unpack
-from polyradix_tpu.mesh import HEADS, Packed, partition
+from polyradix_tpu.mesh import Packed, cache_split, partition
 
 
 def jit_step(step: Step, ops: Ops, mesh: Mesh) -> Any:
@@ -23,7 +23,7 @@ def jit_step(step: Step, ops: Ops, mesh: Mesh) -> Any:
             return step(ops, Params(*params), kv, unpack(vector, shape))
 
         specs = jax.tree.map(partition, params, is_leaf=lambda w: isinstance(w, Packed))
-        everywhere, heads = PartitionSpec(), jax.tree.map(lambda _: HEADS, kv)
+        everywhere, heads = PartitionSpec(), jax.tree.map(cache_split, kv)
         whole: Any = jax.shard_map(
             local,
             mesh=mesh,

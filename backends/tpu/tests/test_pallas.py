@@ -10,7 +10,12 @@ from polyradix_conformance.cases import all_cases
 from polyradix_conformance.runner import run_case
 from polyradix_tpu import entry
 
-CHOSEN = ("L1/attend/decode/window-7/float32", "L1/attend/mixed/softcap/bfloat16", "L1/moe/sigmoid/bfloat16")
+CHOSEN = (
+    "L1/moe/sigmoid/bfloat16",
+    "L1/attend/decode/window-7/float32",
+    "L1/attend/mixed/softcap/bfloat16",
+    "L1/attend_latent/shape-kernel-tiles/bfloat16",
+)
 CASES = [c for c in all_cases() if c.id in CHOSEN]  # few: the interpreter is slow
 
 

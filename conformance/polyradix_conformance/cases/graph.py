@@ -151,6 +151,10 @@ def expanded(rig: Rig, g: Golden) -> None:
 BODIES: tuple[Body, ...] = (whole, chunked, decode, mixed, compiled, rebound, expanded)
 
 
+def profile_of(golden: Golden) -> str:
+    return "mla" if golden.spec.latent else "moe" if golden.spec.experts else "dense"
+
+
 def _on(body: Body, family: str) -> Callable[[Rig], None]:
     return lambda rig: body(rig, load(family))
 
@@ -161,7 +165,7 @@ for dtype in ("float32", "bfloat16"):
         if dtype not in golden.dtypes:
             continue
         needs = golden.spec.needs(dtype)
-        features, profile = tuple(sorted(needs.features)), "moe" if golden.spec.experts else "dense"
+        features, profile = tuple(sorted(needs.features)), profile_of(golden)
         for body in BODIES:
             name = f"L3/{family}/{body.__name__}"
             case(name, dtype, _on(body, family), needs.head_dim, features, profile=profile)

@@ -15,7 +15,7 @@ import numpy as np
 from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
-from polyradix_conformance.cases.graph import Model
+from polyradix_conformance.cases.graph import Model, profile_of
 from polyradix_conformance.golden import families, load
 from polyradix_conformance.inputs import REGIMES, values
 from polyradix_conformance.oracle import EXACT, Arr
@@ -177,7 +177,8 @@ for dtype in ("float32", "bfloat16"):
     add("ties/groups", dtype, partial(ties, r=GROUPED))
     add("alone", dtype, alone)
     for family in families():
-        if (needs := load(family).spec.needs(dtype)).features >= {"moe"}:
+        if profile_of(load(family)) == "moe":
+            needs = load(family).spec.needs(dtype)
             body, features = partial(batches, family=family), tuple(sorted(needs.features))
             case(f"L4/moe/batches/{family}", dtype, body, features=features, profile="moe")
     for tp in (2, 4):

@@ -19,6 +19,7 @@ import numpy as np
 
 from polyradix.backend.sampling import mix
 from polyradix.graph.checkpoint import Checkpoint
+from polyradix.graph.checkpoint.renamed import renamed
 from polyradix.graph.checkpoint.stacked import unstacked
 from polyradix.graph.spec import ModelSpec
 from polyradix_conformance.inputs import Part
@@ -77,7 +78,7 @@ class Golden:
 
     def checkpoint(self, seed: int = 0) -> Checkpoint:
         name = f"golden model {self.name}"
-        return unstacked(
+        published = renamed(
             Checkpoint(
                 source=name,
                 config=self.config,
@@ -86,6 +87,7 @@ class Golden:
                 where=lambda tensor: name,
             )
         )
+        return unstacked(published)
 
 
 REBOUND = 3

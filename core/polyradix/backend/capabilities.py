@@ -23,7 +23,7 @@ class DeviceLost(RuntimeError):
     step and no others; one for want of memory is a MemoryError."""
 
 
-FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe"})
+FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe", "mla"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Needs:
     """What a model asks of a backend; made from its spec by the graph."""
 
     dtype: str
-    head_dim: int
+    head_dim: int  # of `attend`; 0 for a model that has none
     features: frozenset[str]
     tp: int = 1
 
@@ -88,7 +88,9 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
 
 def check_claimed(spec: KVSpec, caps: Capabilities) -> None:
     """Raises Unsupported for a cache that `caps` does not claim."""
-    reasons = validate(Needs(spec.dtype, spec.head_dim, frozenset()), caps, spec.page_size)
+    latent = spec.kind == "latent"
+    needs = Needs(spec.dtype, 0 if latent else spec.head_dim, frozenset({"mla"} if latent else ()))
+    reasons = validate(needs, caps, spec.page_size)
     if reasons:
         raise Unsupported("KV", "; ".join(map(str, reasons)))
 

@@ -11,14 +11,25 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import KV, Array, LayerBody, MoeSpec, MoeWeights, Ops, Weight
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    LatentSpec,
+    LatentWeights,
+    LayerBody,
+    Meta,
+    MoeSpec,
+    MoeWeights,
+    Ops,
+    Weight,
+)
 
 FUSED = ("add_rms_norm", "linear_gated")
 
 
 class Expansions:
     """Mixin for Ops. Needs add, rms_norm, linear and gated from the class it is mixed into, and a KV that is a list
-    with one entry per layer if `layers` is inherited too. `moe` is no expansion: it declines."""
+    with one entry per layer if `layers` is inherited too. `moe` and `attend_latent` are no expansions: they decline."""
 
     def add_rms_norm(self: Any, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]:
         total = self.add(residual, x)
@@ -29,6 +40,11 @@ class Expansions:
 
     def moe(self: Any, x: Array, w: MoeWeights, s: MoeSpec) -> Array:
         raise Unsupported("moe")
+
+    def attend_latent(
+        self: Any, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[Array, KV]:
+        raise Unsupported("mla")
 
     def layers(
         self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None

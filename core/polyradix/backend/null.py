@@ -29,6 +29,8 @@ from polyradix.backend.protocol import (
     Heads,
     HostArray,
     KVSpec,
+    LatentSpec,
+    LatentWeights,
     LayerBody,
     Limits,
     LogProbs,
@@ -77,6 +79,9 @@ class NullOps(Expansions):
         return q, k
 
     def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]:
+        return q, kv
+
+    def attend_latent(self, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec) -> tuple[Array, KV]:
         return q, kv
 
     def gated(self, x: Array, kind: Literal["silu"]) -> Array:
@@ -129,7 +134,7 @@ class NullBackend:
         return None
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_token = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
         return per_token * spec.page_size * HOST_DTYPES[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
@@ -159,7 +164,7 @@ class NullBackend:
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         s = kv.spec
-        shape = (2, s.layers, len(pages), s.page_size, s.kv_heads, s.head_dim)
+        shape = (s.parts, s.layers, len(pages), s.page_size, s.kv_heads, s.head_dim)
         return self._launch.future(np.zeros, shape, HOST_DTYPES[s.dtype])
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:

@@ -9,7 +9,7 @@ Rules every backend keeps:
 * KV is a linear value. A call that takes a KV and returns one has consumed the old handle. Backends may mutate in place
   and return the same object, or donate; the core uses only the newest handle.
 * Page 0 is scratch: padding rows write there and nobody reads it. Page ids and slots are never negative.
-* `attend` writes this batch's k and v into the cache first and reads afterwards.
+* `attend` and `attend_latent` write this batch's rows into the cache first and read afterwards.
 * Activations are in the model's dtype, norm statistics and softmax in float32, logits always float32. Graphs use no
   arithmetic operators; every computation is a verb.
 * When `caps.batch_invariant` is true, the result for one token does not depend on what else is in the batch: the core
@@ -44,7 +44,7 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts"]
+ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,11 @@ class ParamSpec:
     `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm, [positions, D] float32 for rope (cos in
     the first D/2 columns, sin in the rest). `segments` are the row counts of parts fused along axis 0 (q, k, v or gate,
     up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated:
-    0 for linears, logits (V need not be a multiple of tp) and experts, 1 for linear_reduce, whose bias every rank has.
+    0 for linears, logits (V need not be a multiple of tp), experts and latent_up, 1 for linear_reduce, whose bias every
+    rank has.
     experts are [experts, out, in]: whole experts are sharded, rank r holds the r-th of tp equal runs of ids. router is
-    [experts, H] float32, replicated; its bias is the selection bias of MoeSpec.
+    [experts, H] float32, replicated; its bias is the selection bias of MoeSpec. latent_up is [heads, nope + v, R], see
+    LatentSpec; its heads are sharded as experts are.
     backend/shard.py does the splitting, for backends that want it.
     """
 
@@ -85,13 +87,22 @@ class Params:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """Shape of the paged cache: per layer [pages, page_size, kv_heads, head_dim] for k and again for v."""
+    """Shape of the paged cache: per layer `parts` times [pages, page_size, kv_heads, head_dim].
+
+    Parts of kind `full` are k and v. Kind `latent` has one part, the rows of `attend_latent`: kv_heads is 1 and
+    head_dim is LatentSpec's rank + rope; every rank holds all of it.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
     page_size: int
     dtype: DType
+    kind: Literal["full", "latent"] = "full"
+
+    @property
+    def parts(self) -> int:
+        return 1 if self.kind == "latent" else 2
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,42 @@ class AttnSpec:
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Multi-head latent attention (MLA), causal: all heads share one row of R = `rank` latent and `rope` key columns.
+
+    A head of q is `nope` columns, then `rope` columns; c is [T, rank + rope]. Of a new row, c[:rank] is normed with
+    `eps`, and c[rank:] and the rope columns of q are rotated, half-split; each is rounded to the dtype of q. The row
+    (c, k) goes to the cache. With the first `nope` rows of a head's latent_up as K and the other `v` rows as V,
+
+        score[s] = scale * t * (q_nope . K c[s] + q_rope . k[s])        out = sum of softmax(score)[s] * V c[s]
+
+    over all s up to the query's position p, where t = 1 + attn_scale * ln(1 + floor(p / floor_scale)). A backend may
+    take the products in any order: `expanded` makes K c and V c of every row, `absorbed` q_nope K once a query and V of
+    the sum; it may round what it makes to the dtype of q.
+    Source: DeepSeek-V2 (arXiv 2405.04434), 2.1; t is Llama 4's attention temperature, of positions from 0.
+    """
+
+    heads: int
+    rank: int
+    nope: int
+    rope: int
+    v: int
+    scale: float
+    eps: float
+    attn_scale: float = 0.0
+    floor_scale: int = 1
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """Of one layer: norm [rank], of kind latent_up [heads, nope + v, rank], and the rope table of `rope` columns."""
+
+    norm: Weight
+    up: Weight
+    table: Weight
 
 
 @dataclass(frozen=True)
@@ -213,6 +260,10 @@ class Ops(Protocol):
     def rms_norm(self, x: Array, w: Weight, eps: float) -> Array: ...  # over the last axis: [T,H], or [T,heads,D]
     def rope(self, q: Array, k: Array, table: Weight, m: Meta) -> tuple[Array, Array]: ...  # half-split (NeoX) pairs
     def attend(self, q: Array, k: Array, v: Array, kv: KV, m: Meta, a: AttnSpec) -> tuple[Array, KV]: ...  # [T,Hq/tp*D]
+    # q [T,Hq/tp*(nope+rope)] not yet rotated and c [T,R+rope] neither normed nor rotated -> [T,Hq/tp*v]
+    def attend_latent(
+        self, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[Array, KV]: ...
     def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
     # The sum over a row's chosen experts of weight * down(gated(gate_up(row))), taken in float32, over tp too. Experts
     # have no capacity: no row is dropped, and a row, padding included, changes no other.
@@ -243,14 +294,14 @@ class Backend(Protocol):
 
     def memory(self) -> Memory: ...
     def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
-    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page on one device, all layers, k and v
+    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page on one device, all layers
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'], the last samples
     def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit
     def sample(self, logits: Array, batch: SampleBatch) -> Array: ...  # i32[S]; semantics in backend/sampling.py
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs: ...  # of the unscaled logits
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV: ...
-    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]: ...  # [2(k,v),layer,page,slot,head,dim]
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]: ...  # [part,layer,page,slot,head,dim]
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV: ...  # the same form, KVSpec dtype
     def fetch(self, x: Array) -> Future[HostArray]: ...  # the only device-to-host path; rows beyond S are cut off
 

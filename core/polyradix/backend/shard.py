@@ -8,7 +8,8 @@ import numpy as np
 
 from polyradix.backend.protocol import HostArray, KVSpec, ParamSpec
 
-AXES = {"linear": 0, "linear_reduce": 1, "logits": 0, "experts": 0}  # the one axis along which a kind can be split
+# the one axis along which a kind can be split
+AXES = {"linear": 0, "linear_reduce": 1, "logits": 0, "experts": 0, "latent_up": 0}
 
 
 def check_param(spec: ParamSpec, tp: int) -> None:
@@ -26,8 +27,8 @@ def check_param(spec: ParamSpec, tp: int) -> None:
 
 
 def check_kv(spec: KVSpec, tp: int) -> None:
-    """Raises ValueError if the cache's heads cannot be split over `tp` ranks."""
-    if spec.kv_heads % tp:
+    """Raises ValueError if the cache's heads cannot be split over `tp` ranks; a latent cache is whole on each."""
+    if spec.kind == "full" and spec.kv_heads % tp:
         raise ValueError(f"kv_heads is {spec.kv_heads}; expected a multiple of tp ({tp})")
 
 

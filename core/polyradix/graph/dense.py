@@ -1,4 +1,4 @@
-"""The decoder (Llama, SmolLM, Mistral, Qwen2, Qwen3; with experts: Mixtral, Qwen3-MoE): its parameters and graph."""
+"""The decoder of every family: its parameters and graph. graph/moe.py has experts, graph/mla.py latent attention."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
-from polyradix.graph import moe
+from polyradix.graph import mla, moe
 from polyradix.graph.spec import ModelSpec
 
 
@@ -40,9 +40,10 @@ class ParamTable:
 def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -> ParamTable:
     """Parameters with shapes and shards. `max_context` caps the rope table, which is as long as the model allows."""
     positions = min(spec.max_position, max_context or spec.max_position)
+    turned = spec.latent.attention.rope if spec.latent else spec.heads.dim
     top = (
         ParamSpec("embed", "embed", (spec.vocab, spec.hidden), dtype),
-        ParamSpec("rope", "rope", (positions, spec.heads.dim), "float32"),
+        ParamSpec("rope", "rope", (positions, turned), "float32"),
         ParamSpec("first_norm", "norm", (spec.hidden,), dtype),
         ParamSpec("logits", "logits", (spec.vocab, spec.hidden), dtype, shard_axis=0),
     )
@@ -51,17 +52,23 @@ def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -
 
 def _layer(spec: ModelSpec, dtype: DType, index: int) -> tuple[ParamSpec, ...]:
     hidden, heads = spec.hidden, spec.heads
-    q, kv = heads.q * heads.dim, heads.kv * heads.dim
-    out = [ParamSpec("qkv", "linear", (q + 2 * kv, hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
-    if spec.qk_norm:
-        out += [ParamSpec("q_norm", "norm", (heads.dim,), dtype), ParamSpec("k_norm", "norm", (heads.dim,), dtype)]
-    out += [
-        ParamSpec("o", "linear_reduce", (hidden, q), dtype, (), 1, spec.o_bias),
+    mixed = heads.q * (spec.latent.attention.v if spec.latent else heads.dim)
+    return (
+        *(mla.param_specs(spec.latent, hidden, dtype) if spec.latent else _qkv(spec, dtype)),
+        ParamSpec("o", "linear_reduce", (hidden, mixed), dtype, (), 1, spec.o_bias),
         ParamSpec("mlp_norm", "norm", (hidden,), dtype),
         *_feed_forward(spec, dtype, index),
         ParamSpec("next_norm", "norm", (hidden,), dtype),
-    ]
-    return tuple(out)
+    )
+
+
+def _qkv(spec: ModelSpec, dtype: DType) -> list[ParamSpec]:
+    heads = spec.heads
+    q, kv = heads.q * heads.dim, heads.kv * heads.dim
+    out = [ParamSpec("qkv", "linear", (q + 2 * kv, spec.hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
+    if spec.qk_norm:
+        out += [ParamSpec("q_norm", "norm", (heads.dim,), dtype), ParamSpec("k_norm", "norm", (heads.dim,), dtype)]
+    return out
 
 
 def _feed_forward(spec: ModelSpec, dtype: DType, index: int) -> list[ParamSpec]:
@@ -75,6 +82,7 @@ def _feed_forward(spec: ModelSpec, dtype: DType, index: int) -> list[ParamSpec]:
 
 
 _PARTS = {
+    **mla.PARTS,
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
@@ -102,9 +110,9 @@ def sources(spec: ModelSpec, name: str, layer: int | None = None) -> tuple[str, 
 
 
 def pieces(spec: ModelSpec, p: ParamSpec, layer: int | None = None) -> list[tuple[str, int]]:
-    """As `sources`, with the rows that each has; those of experts follow one another."""
+    """As `sources`, with the rows that each has; those of experts, and of heads, follow one another."""
     names = sources(spec, p.name, layer)
-    rows = (prod(p.shape[:-1]) // len(names),) * len(names) if p.kind == "experts" else p.segments or p.shape[:1]
+    rows = (prod(p.shape[:-1]) // len(names),) * len(names) if len(p.shape) == 3 else p.segments or p.shape[:1]
     return list(zip(names, rows, strict=bool(names)))
 
 
@@ -130,6 +138,9 @@ def make_step(spec: ModelSpec) -> Step:
 
         def mix(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[Array, Array, KV]:
             x, h = carry
+            if spec.latent is not None:
+                a, kv = mla.attend(ops, x, top["rope"], w, kv, m, spec.latent)
+                return a, h, kv
             q, k, v = ops.qkv(x, w["qkv"], heads)
             if spec.qk_norm:
                 q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from polyradix.backend.capabilities import Needs
 from polyradix.backend.protocol import DType, Heads, KVSpec, MoeSpec
+from polyradix.graph import deepseek
+from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
+from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
-from polyradix.graph.rope import Rope
+from polyradix.graph.rope import Rope, read_rope
 
 ARCHITECTURES = (
+    *deepseek.ARCHITECTURES,
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
@@ -22,13 +25,12 @@ ARCHITECTURES = (
     "Qwen3MoeForCausalLM",
 )
 _DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
-_REQUIRED: Any = object()
-_T = TypeVar("_T", int, float, str, bool)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: RMSNorm, rotary positions, grouped-query attention, and a gated SiLU feed-forward or experts of it."""
+    """A decoder: RMSNorm, rotary positions, grouped-query or latent attention, and a gated SiLU feed-forward or experts
+    of it."""
 
     architecture: str
     layers: int
@@ -48,12 +50,15 @@ class ModelSpec:
     eos_ids: tuple[int, ...] = ()
     dtype: DType = "bfloat16"  # of the published weights; float16 becomes bfloat16
     experts: Experts | None = None
+    latent: Latent | None = None  # heads.kv and heads.dim are then those of expanded keys
 
     @staticmethod
     def from_hf_config(config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
         """Raises ModelError naming the field, its value and what was expected."""
-        c = _Config(config)
+        c = Config(config)
         architecture = _architecture(config)
+        if architecture in deepseek.ARCHITECTURES:
+            return _deepseek(c, architecture, eos_ids(config, generation_config or {}))
         q, hidden = c.count("num_attention_heads"), c.count("hidden_size")
         kv = c.count("num_key_value_heads", q)
         dim = c.count("head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden // q)
@@ -65,6 +70,7 @@ class ModelSpec:
         qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture.startswith("Qwen3")
         attention_bias = c.get("attention_bias", bool, False)
         layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
+        rope = read_rope(c, max_position, dim)
         return ModelSpec(
             architecture=architecture,
             layers=layers,
@@ -72,9 +78,9 @@ class ModelSpec:
             intermediate=c.count("intermediate_size"),
             heads=Heads(q, kv, dim),
             vocab=c.count("vocab_size"),
-            max_position=max_position,
+            max_position=rope.stretched(max_position),
             rms_eps=c.positive("rms_norm_eps", 1e-6),
-            rope=_rope(c, max_position, dim),
+            rope=rope,
             qkv_bias=qwen2 or attention_bias,
             o_bias=attention_bias and not qwen2,
             mlp_bias=c.get("mlp_bias", bool, False),
@@ -87,6 +93,9 @@ class ModelSpec:
         )
 
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
+        if self.latent is not None:
+            a = self.latent.attention
+            return KVSpec(self.layers, 1, a.rank + a.rope, page_size, dtype, "latent")
         return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype)
 
     def choose_dtype(self, asked: DType | Literal["auto"], offered: frozenset[str]) -> DType:
@@ -101,14 +110,16 @@ class ModelSpec:
             "qk_norm": self.qk_norm,
             "window": self.window is not None,
             "moe": self.experts is not None,
+            "mla": self.latent is not None,
         }
-        return Needs(dtype, self.heads.dim, frozenset(name for name, on in wanted.items() if on))
+        return Needs(dtype, 0 if self.latent else self.heads.dim, frozenset(name for name, on in wanted.items() if on))
 
     def uneven_split(self, tp: int) -> str | None:
         """Why the model cannot be split over `tp` ranks, None when it can."""
-        sizes = {"num_key_value_heads": self.heads.kv}
+        sizes = {"num_attention_heads" if self.latent else "num_key_value_heads": self.heads.kv}
         if self.experts is not None:
             sizes["num_experts"] = self.experts.routing.experts
+            sizes["n_shared_experts * moe_intermediate_size"] = self.experts.shared
         if self.experts is None or self.experts.dense_layers:
             sizes["intermediate_size"] = self.intermediate
         for name, size in sizes.items():
@@ -117,43 +128,28 @@ class ModelSpec:
         return None
 
 
-class _Config:
-    """Typed reads of a JSON object; null counts as absent."""
-
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.values, self.prefix = values, prefix
-
-    def wrong(self, name: str, expected: str) -> ModelError:
-        found = "missing" if self.values.get(name) is None else repr(self.values[name])
-        return ModelError(f"model config: {self.prefix}{name} is {found}; expected {expected}")
-
-    def get(self, name: str, kind: type[_T], default: _T = _REQUIRED) -> _T:
-        value = self.values.get(name)
-        if value is None and default is not _REQUIRED:
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.wrong(name, {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
-        return value
-
-    def count(self, name: str, default: int = _REQUIRED) -> int:
-        value = self.get(name, int, default)
-        if value < 1:
-            raise self.wrong(name, "an integer >= 1")
-        return value
-
-    def positive(self, name: str, default: float = _REQUIRED) -> float:
-        value = self.get(name, float, default)
-        if not 0 < value < math.inf:
-            raise self.wrong(name, "a number above 0")
-        return value
-
-    def part(self, name: str) -> _Config:
-        value = self.values.get(name) or {}
-        if not isinstance(value, Mapping):
-            raise self.wrong(name, "an object")
-        return _Config(value, f"{self.prefix}{name}.")
+def _deepseek(c: Config, architecture: str, eos: tuple[int, ...]) -> ModelSpec:
+    _refuse_unknown_parts(c)
+    layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
+    latent, rope = deepseek.latent(c, max_position)
+    a = latent.attention
+    return ModelSpec(
+        architecture=architecture,
+        layers=layers,
+        hidden=c.count("hidden_size"),
+        intermediate=c.count("intermediate_size"),
+        heads=Heads(a.heads, a.heads, a.nope + a.rope),
+        vocab=c.count("vocab_size"),
+        max_position=rope.stretched(max_position),
+        rms_eps=a.eps,
+        rope=rope,
+        o_bias=latent.bias,
+        tie_embeddings=c.get("tie_word_embeddings", bool, False),
+        eos_ids=eos,
+        dtype=_dtype(c),
+        experts=deepseek.experts(c, architecture, layers),
+        latent=latent,
+    )
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -163,43 +159,14 @@ def _architecture(config: Mapping[str, Any]) -> str:
     raise ModelError(f"model config: architectures is {found!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unknown_parts(c: _Config) -> None:
+def _refuse_unknown_parts(c: Config) -> None:
     if c.get("hidden_act", str, "silu") not in ("silu", "swish"):
         raise c.wrong("hidden_act", "'silu'")
     if c.values.get("quantization_config"):
         raise c.wrong("quantization_config", "none: float32, float16 or bfloat16 weights, or a GGUF file")
 
 
-def _rope(c: _Config, max_position: int, dim: int) -> Rope:
-    """Transformers 5 writes rope_parameters; older configs write rope_theta beside rope_scaling."""
-    r = c.part("rope_parameters") if c.values.get("rope_parameters") else c.part("rope_scaling")
-    theta = r.positive("rope_theta", c.positive("rope_theta", 10000.0))
-    kind = r.get("rope_type", str, r.get("type", str, "default"))
-    for part in (c, r):
-        if part.get("partial_rotary_factor", float, 1.0) != 1.0:
-            raise part.wrong("partial_rotary_factor", "1.0")
-    if kind == "default":
-        return Rope(theta, freq_factors=_freq_factors(r, dim))
-    if kind == "linear":
-        return Rope(theta, "linear", r.positive("factor"))
-    if kind != "llama3":
-        raise ModelError(f"model config: {r.prefix}rope_type is {kind!r}; expected one of default, linear, llama3")
-    low, high = r.positive("low_freq_factor"), r.positive("high_freq_factor")
-    if high <= low:
-        raise r.wrong("high_freq_factor", f"a number above low_freq_factor ({low})")
-    original = r.count("original_max_position_embeddings", max_position)
-    return Rope(theta, "llama3", r.positive("factor"), low, high, original)
-
-
-def _freq_factors(r: _Config, dim: int) -> tuple[float, ...]:
-    """`freq_factors` is ours: what GGUF files carry instead of a rope type."""
-    factors = tuple(r.values.get("freq_factors") or ())
-    if factors and (len(factors) != dim // 2 or min(factors) <= 0):
-        raise r.wrong("freq_factors", f"{dim // 2} numbers above 0")
-    return factors
-
-
-def _window(c: _Config, architecture: str, layers: int) -> int | None:
+def _window(c: Config, architecture: str, layers: int) -> int | None:
     if architecture == "LlamaForCausalLM":
         return None
     mistral, qwen3_moe = architecture.startswith("Mi"), architecture == "Qwen3MoeForCausalLM"
@@ -221,7 +188,7 @@ def _window(c: _Config, architecture: str, layers: int) -> int | None:
     return window if types[0] == "sliding_attention" else None
 
 
-def _experts(c: _Config, architecture: str, layers: int) -> Experts | None:
+def _experts(c: Config, architecture: str, layers: int) -> Experts | None:
     """Transformers 5 writes Qwen3-MoE's num_experts as num_local_experts, too."""
     mixtral = architecture == "MixtralForCausalLM"
     if not mixtral and architecture != "Qwen3MoeForCausalLM":
@@ -239,7 +206,7 @@ def _experts(c: _Config, architecture: str, layers: int) -> Experts | None:
     return Experts(routing, c.count("moe_intermediate_size"), dense) if len(dense) < layers else None
 
 
-def _dense_layers(c: _Config, layers: int) -> frozenset[int]:
+def _dense_layers(c: Config, layers: int) -> frozenset[int]:
     named, step = c.values.get("mlp_only_layers") or [], c.count("decoder_sparse_step", 1)
     if not isinstance(named, list) or not all(type(i) is int and 0 <= i < layers for i in named):
         raise c.wrong("mlp_only_layers", f"a list of layers, 0 to {layers - 1}")
@@ -258,7 +225,7 @@ def eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(out))
 
 
-def _dtype(c: _Config) -> DType:
+def _dtype(c: Config) -> DType:
     name = c.get("dtype", str, c.get("torch_dtype", str, "bfloat16"))
     if name not in _DTYPES:
         raise c.wrong("dtype" if c.values.get("dtype") else "torch_dtype", f"one of {', '.join(_DTYPES)}")

@@ -338,8 +338,8 @@ def test_gguf_rope_scaling(tmp_path: Path) -> None:
     assert rope(freqs=freqs) == Rope(5000.0, freq_factors=(1.0, 2.0, 4.0, 8.0))
     linear, yarn = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
     assert rope(scaling_type=linear, scaling_factor=4.0) == Rope(5000.0, "linear", 4.0)
-    with pytest.raises(ModelError, match="rope_type is 'yarn'"):
-        rope(scaling_type=yarn, scaling_factor=4.0)
+    got = rope(scaling_type=yarn, scaling_factor=4.0)
+    assert (got.type, got.factor, got.original_max_position) == ("yarn", 4.0, CONFIG["max_position_embeddings"])
 
 
 def test_header_agrees_with_the_public_reader(tmp_path: Path) -> None:

@@ -130,10 +130,15 @@ def test_unknown_architectures_list_the_known(value: object) -> None:
         ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x'; expected a number"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; expected a number above 0"),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4}},
-            "rope_type is 'yarn'; expected one of default, linear",
+            {"rope_scaling": {"type": "longrope", "factor": 4}},
+            "rope_type is 'longrope'; expected one of default, dynamic, linear, llama3, yarn",
         ),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.rope_type is 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.factor is missing; expected a number"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "beta_fast": 1}},
+            r"rope_parameters.beta_fast is 1; expected a number above beta_slow \(1.0\)",
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 0}}, "rope_scaling.factor is 0; expected a number above 0"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing; expected a number"),
         ({"rope_scaling": [1]}, r"rope_scaling is \[1\]; expected an object"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor is 1; expected"),

@@ -39,12 +39,40 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+DEEPSEEK = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "n_group": 4,
+    "topk_group": 2,
+    "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9},
+}
+MISTRAL4 = {**DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("Llama", {"rope_parameters": LLAMA3}),
     "linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
+    "dynamic-rope": (  # of the longest context, which is the length of the sequence here
+        "Llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0},
+            "max_position_embeddings": (PREFILL + STEPS) // 3,
+        },
+    ),
+    "yarn-rope": ("Llama", {"rope_parameters": YARN}),
+    "yarn-rope-own-magnitude": ("Llama", {"rope_parameters": {**YARN, "attention_factor": 1.3, "truncate": False}}),
     "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
@@ -54,6 +82,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": ("Mixtral", {**EXPERTS, "sliding_window": 9, "head_dim": 32}),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
     "qwen3-moe-some-dense": ("Qwen3Moe", {**EXPERTS, "mlp_only_layers": [0]}),
+    "deepseek-v2": ("DeepseekV2", {**DEEPSEEK, "topk_method": "group_limited_greedy"}),
+    "deepseek-v2-lite": ("DeepseekV2", {**DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy"}),
+    "deepseek-v2-biased": ("DeepseekV2", {**DEEPSEEK, "topk_method": "greedy", "attention_bias": True}),
+    "deepseek-v3": ("DeepseekV3", DEEPSEEK),
+    "deepseek-v3-half-split": ("DeepseekV3", {**DEEPSEEK, "rope_interleave": False, "norm_topk_prob": False}),
+    "mistral-4": ("Mistral4", MISTRAL4),
     "qwen3-moe-window": ("Qwen3Moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 9}),
 }
 
@@ -103,6 +137,9 @@ def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -
         for name, p in model.named_parameters():
             if p.ndim == 1:
                 p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in name else 0.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     model.save_pretrained(folder, **save)
     return model
 

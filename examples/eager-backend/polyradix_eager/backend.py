@@ -51,7 +51,7 @@ class EagerBackend:
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"moe"},
+            features=FEATURES - {"moe", "mla"},
         )
 
     def memory(self) -> Memory:

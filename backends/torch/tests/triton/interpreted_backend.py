@@ -31,7 +31,7 @@ class Interpreted(TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES,
+            features=FEATURES - {"mla"},
         )
         super().__init__(caps, TritonOps(), "cpu")
         self._splits, self._page, self._dim = splits, 16, (64, 4)

@@ -5,7 +5,7 @@ its own and the same signature.
 and the rank's AttnSpec; it gives [T,Hq,D] in q's dtype. `Write` takes k and v [T,Hk,D] and gives the new cache. Keys
 and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1. C is D, or more with
 zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis. `Grouped` is
-grouped_matmul's.
+grouped_matmul's, `Latent` the first result of mla_attention.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 from jax.experimental.pallas import tpu as pltpu
@@ -22,14 +22,32 @@ from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import grouped_matmul, kv_write, xla
+from polyradix_tpu.kernels import mla_attention as mla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
 from polyradix_tpu.kernels.grouped_matmul import validate
+from polyradix_tpu.kernels.mla_attention.validate import problems as latent_problems
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
 Grouped: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
+Latent: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta, float], jax.Array]
+
 NAMES = ("auto", "pallas", "xla")
+
+
+def _latent_xla(q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float) -> jax.Array:
+    return mla.mla_attention_xla(q_latent, q_rope, cache, m, scale)[0]
+
+
+def _latent_pallas(*args: Any, interpret: Any = False) -> jax.Array:
+    return mla.mla_attention(*args, interpret=interpret)[0]
+
+
+def _latent(q_latent: jax.Array, q_rope: jax.Array, cache: jax.Array, m: JaxMeta, scale: float) -> jax.Array:
+    blocks = mla.choose(q_latent.shape[1], cache.shape[1], m.shape)
+    found = latent_problems(q_latent, q_rope, cache, m.shape, blocks)
+    return (_latent_xla if found else _latent_pallas)(q_latent, q_rope, cache, m, scale)
 
 
 @dataclass(frozen=True)
@@ -41,6 +59,7 @@ class Kernels:
     attend: Attend
     grouped: Grouped
     tile: int = batch.TILE
+    latent: Latent = _latent_xla
 
 
 def _write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
@@ -59,10 +78,14 @@ def _grouped(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
 XLA = Kernels("XLA", xla.write, xla.attend, grouped_matmul.xla)
 """Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
 
-PALLAS = Kernels("Pallas", kv_write.write, ragged.attend, grouped_matmul.grouped_matmul, ragged.TILE)
+PALLAS = Kernels(
+    "Pallas", kv_write.write, ragged.attend, grouped_matmul.grouped_matmul, ragged.TILE, latent=_latent_pallas
+)
 """Compiled for a TPU; raises ValueError for shapes that the kernels do not take."""
 
-AUTO = Kernels("Pallas, and XLA for shapes that it does not take", _write, _attend, _grouped, ragged.TILE)
+AUTO = Kernels(
+    "Pallas, and XLA for shapes that it does not take", _write, _attend, _grouped, ragged.TILE, latent=_latent
+)
 
 
 def choose(name: str, on_tpu: bool) -> Kernels:
@@ -75,5 +98,6 @@ def choose(name: str, on_tpu: bool) -> Kernels:
         return AUTO if name == "auto" else PALLAS
     interpret = pltpu.InterpretParams()
     own = (kv_write.write, ragged.attend, grouped_matmul.grouped_matmul)
+    latent = partial(_latent_pallas, interpret=interpret)
     write, attend, grouped = (partial(f, interpret=interpret) for f in own)
-    return Kernels("Pallas, interpreted", write, attend, grouped)
+    return Kernels("Pallas, interpreted", write, attend, grouped, latent=latent)

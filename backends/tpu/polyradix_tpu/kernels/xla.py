@@ -26,6 +26,12 @@ def write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
     return kv.at[m.slots // page, m.slots % page].set(rows.astype(kv.dtype))
 
 
+def write_rows(rows: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
+    """rows [T,N] into their slots of kv [pages, page, W], W >= N; in place where kv is donated."""
+    rows, page = jnp.pad(rows, ((0, 0), (0, kv.shape[2] - rows.shape[1]))), kv.shape[1]
+    return kv.at[m.slots // page, m.slots % page].set(rows.astype(kv.dtype))
+
+
 def attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
     """q [T,Hq,D] over kv [pages, page, 2*Hk, C], C >= D -> [T,Hq,D]."""
     context = m.shape.pages * kv.shape[1]

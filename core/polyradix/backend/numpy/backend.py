@@ -38,7 +38,8 @@ MAX_TP = 8
 
 
 class NumpyBackend:
-    """Arrays are NumPy arrays, or futures of them with `async_launch`; a KV is a list of (k, v), changed in place."""
+    """Arrays are NumPy arrays, or futures of them with `async_launch`; a KV is a list of a layer's parts, changed in
+    place."""
 
     ops: Ops
     collectives: Collectives
@@ -79,13 +80,13 @@ class NumpyBackend:
         return Packed(spec, self._host(spec, read(), spec.shape), bias)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_token = 2 * spec.layers * spec.kv_heads * spec.head_dim
+        per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
         return per_token * spec.page_size * self._store[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._store[spec.dtype]
-        return [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(spec.layers)]
+        return [tuple(np.zeros(shape, dtype) for _ in range(spec.parts)) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:
         batch.check_prev(prev)
@@ -123,13 +124,13 @@ class NumpyBackend:
         return np.ascontiguousarray(value.astype(HOST_DTYPES[spec.dtype]), self._wide)
 
     def _copy(self, kv: Any, src: list[int], dst: list[int]) -> Any:
-        for pair in kv:
-            for x in pair:
+        for parts in kv:
+            for x in parts:
                 x[dst] = x[src]
         return kv
 
     def _export(self, kv: Any, pages: list[int]) -> Arr:
-        return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in (0, 1)])
+        return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in range(len(kv[0]))])
 
     def _import(self, kv: Any, pages: list[int], data: Arr) -> Any:
         expected = self._shape(kv, len(pages))
@@ -139,11 +140,12 @@ class NumpyBackend:
 
     def _shape(self, kv: Any, pages: int) -> tuple[int, ...]:
         """Of an export."""
-        return (2, len(kv), pages, *kv[0][0].shape[1:])
+        return (len(kv[0]), len(kv), pages, *kv[0][0].shape[1:])
 
     def _write(self, kv: Any, pages: list[int], data: Arr) -> Any:
-        for layer, (k, v) in enumerate(kv):
-            k[pages], v[pages] = data[0, layer], data[1, layer]
+        for layer, parts in enumerate(kv):
+            for x, new in zip(parts, data[:, layer], strict=True):
+                x[pages] = new
         return kv
 
 

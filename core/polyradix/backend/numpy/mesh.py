@@ -163,6 +163,8 @@ class NumpyMesh(NumpyBackend):
 
     def _local(self, spec: KVSpec) -> KVSpec:
         check_kv(spec, self.ranks.size)
+        if spec.kind == "latent":
+            return spec
         return replace(spec, kv_heads=spec.kv_heads // self.ranks.size)
 
     def _params(self, params: Params, rank: int) -> Params:
@@ -173,12 +175,19 @@ class NumpyMesh(NumpyBackend):
         return [NumpyBackend._copy(self, own, src, dst) for own in kv]
 
     def _export(self, kv: Any, pages: list[int]) -> Arr:
-        return np.concatenate([NumpyBackend._export(self, own, pages) for own in kv], axis=4)
+        each = [NumpyBackend._export(self, own, pages) for own in kv]
+        return each[0] if _latent(kv) else np.concatenate(each, axis=4)
 
     def _shape(self, kv: Any, pages: int) -> tuple[int, ...]:
         *front, heads, dim = super()._shape(kv[0], pages)
-        return (*front, heads * self.ranks.size, dim)
+        return (*front, heads if _latent(kv) else heads * self.ranks.size, dim)
 
     def _write(self, kv: Any, pages: list[int], data: Arr) -> Any:
-        parts = np.split(data, self.ranks.size, axis=4)
+        size = self.ranks.size
+        parts = [data] * size if _latent(kv) else np.split(data, size, axis=4)
         return [NumpyBackend._write(self, own, pages, part) for own, part in zip(kv, parts, strict=True)]
+
+
+def _latent(kv: Any) -> bool:
+    """Whether every rank of a cache holds all of it."""
+    return len(kv[0][0]) == 1

@@ -6,6 +6,7 @@ order whatever else is there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +18,16 @@ from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import resolve
 from polyradix.backend.numpy.moe import chosen, scores
-from polyradix.backend.protocol import AttnSpec, Collectives, Heads, MoeSpec, MoeWeights, ParamSpec
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Collectives,
+    Heads,
+    LatentSpec,
+    LatentWeights,
+    MoeSpec,
+    MoeWeights,
+    ParamSpec,
+)
 
 Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
@@ -102,6 +112,22 @@ class NumpyOps(Expansions):
                 out[t] = self._attend_row(q[t], ks, vs, int(b.positions[t]), a)
         return out.reshape(len(q), -1), kv
 
+    def attend_latent(
+        self, q: Arr, c: Arr, kv: tuple[Arr], m: NumpyMeta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[Arr, tuple[Arr]]:
+        b, (rows,) = m.batch, kv
+        page_size = rows.shape[1]
+        q = q.reshape(len(q), -1, a.nope + a.rope)
+        q_rope, k = self.rope(q[..., a.nope :], c[:, None, a.rank :], w.table, m)
+        new = np.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), k[:, 0]], axis=1)
+        rows[b.slots // page_size, b.slots % page_size, 0] = new
+        out = np.empty((*q.shape[:2], a.v), q.dtype)
+        for s in range(b.num_seqs):
+            held = rows[b.pages[s, : -(-int(b.kv_len[s]) // page_size)]].reshape(-1, rows.shape[3]).astype(self._wide)
+            for t in range(b.cu_q[s], b.cu_q[s + 1]):
+                out[t] = self._latent_row(q[t, :, : a.nope], q_rope[t], held, int(b.positions[t]), w.up.value, a)
+        return out.reshape(len(q), -1), kv
+
     def gated(self, x: Arr, kind: Literal["silu"]) -> Arr:
         if kind != "silu":
             raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
@@ -163,6 +189,17 @@ class NumpyOps(Expansions):
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
         return out.reshape(a.heads.q, a.heads.dim)
+
+    def _latent_row(self, nope: Arr, rope: Arr, held: Arr, position: int, up: Arr, a: LatentSpec) -> Arr:
+        """One query [Hq,nope], [Hq,rope] over rows [L,rank+rope] in sequence order, absorbed: [Hq,v], unrounded."""
+        seen = np.ascontiguousarray(held[: position + 1])
+        absorbed = (nope.astype(self._wide)[:, None] @ up[:, : a.nope])[:, 0]  # [Hq,rank]
+        score = np.concatenate([absorbed, rope.astype(self._wide)], axis=1) @ seen.T  # [Hq,L]
+        score = score * self._wide.type(a.scale * (1 + a.attn_scale * math.log(1 + position // a.floor_scale)))
+        p = np.exp(score - score.max(axis=-1, keepdims=True))
+        mean = (p / p.sum(axis=-1, keepdims=True)) @ np.ascontiguousarray(seen[:, : a.rank])
+        out: Arr = (up[:, a.nope :] @ mean[..., None])[..., 0]
+        return out
 
 
 def _biased(product: Arr, w: Packed) -> Arr:

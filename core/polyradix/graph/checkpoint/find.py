@@ -15,6 +15,7 @@ from typing import Literal
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.checkpoint.dummy import open_dummy
 from polyradix.graph.checkpoint.gguf import open_gguf
+from polyradix.graph.checkpoint.renamed import renamed
 from polyradix.graph.checkpoint.safetensors import open_folder
 from polyradix.graph.checkpoint.stacked import unstacked
 from polyradix.graph.errors import CheckpointError
@@ -57,14 +58,17 @@ def _open_folder(folder: Path) -> Checkpoint:
         if len(ggufs) > 1:
             raise CheckpointError(f"{folder}: {len(ggufs)} .gguf files; name the one to load")
         return open_gguf(ggufs[0])
-    return unstacked(open_folder(folder))
+    return unstacked(renamed(open_folder(folder)))
 
 
 def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES))
+        if patterns == _HUB_FILES and not any(folder.glob("*.safetensors")):  # Mistral's own format alone
+            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES[1:])
+        return folder
     except Exception as e:  # the hub's errors share no base with those of its transport
         raise CheckpointError(f"{model}: cannot be fetched from the Hub: {e}") from e
 

@@ -203,4 +203,5 @@ def _rope(path: Path, get: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
         out["freq_factors"] = _read(path, "rope_freqs.weight", tensors["rope_freqs.weight"]).tolist()
     elif kind != "none":
         out |= {"rope_type": kind, "factor": get("rope.scaling.factor")}
+        out["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
     return out

@@ -14,6 +14,7 @@ from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, P
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.dense import param_specs, pieces, tensor_shapes
 from polyradix.graph.errors import CheckpointError
+from polyradix.graph.mla import row_order
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
 
@@ -98,6 +99,8 @@ class _Read:
         for name, count in self.pieces:
             _copy(self._tensor(f"{name}.{part}", (count, *tail)), out[start : start + count])
             start += count
+        order = None if self.model.latent is None else row_order(self.model.latent, spec.name)
+        out = out if order is None else out[order]
         return out.reshape(spec.shape) if part == "weight" else out
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> HostArray:

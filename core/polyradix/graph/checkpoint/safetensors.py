@@ -1,4 +1,4 @@
-"""A folder in Hugging Face's layout: config.json and one or several safetensors files."""
+"""A folder in Hugging Face's layout, config.json and safetensors files, or in Mistral's, params.json instead."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from polyradix.backend.protocol import HostArray
+from polyradix.graph.checkpoint import mistral
 from polyradix.graph.checkpoint.base import Checkpoint, read_json, read_optional_json
 from polyradix.graph.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
+INDEXES = "model.safetensors.index.json", "consolidated.safetensors.index.json"
 DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
@@ -35,7 +36,7 @@ def open_folder(folder: Path) -> Checkpoint:
 
     return Checkpoint(
         source=str(folder),
-        config=read_json(folder / "config.json"),
+        config=_config(folder),
         generation_config=read_optional_json(folder / "generation_config.json"),
         names=owner.keys(),
         read=read,
@@ -44,11 +45,18 @@ def open_folder(folder: Path) -> Checkpoint:
     )
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    params = folder / mistral.PARAMS
+    if params.is_file() and not (folder / "config.json").is_file():
+        return mistral.hf_config(read_json(params))
+    return read_json(folder / "config.json")
+
+
 def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
+    for index in (folder / name for name in INDEXES if (folder / name).is_file()):
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX}: weight_map is {weight_map!r}; expected names to files")
+            raise CheckpointError(f"{index}: weight_map is {weight_map!r}; expected names to files")
         return [folder / name for name in sorted(set(weight_map.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]

@@ -34,7 +34,8 @@ def _tiles(
     held = jnp.where((at < m.kv_len[seqs, None])[..., None], held, 0)  # rows that nobody wrote may be NaN
     score = scale * jnp.einsum("cqhw,ckw->cqhk", q[row], held, precision=exact, preferred_element_type=jnp.float32)
     score = jnp.where(at <= m.positions[row][:, :, None, None], score, HIDDEN)
-    lse = jax.nn.logsumexp(score, axis=-1)
-    p = jnp.exp(score - lse[..., None]).astype(cache.dtype)
-    out = jnp.einsum("cqhk,ckr->cqhr", p, held[..., :latent], precision=exact, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype), lse
+    top = jnp.max(score, axis=-1)
+    e = jnp.exp(score - top[..., None])
+    total, e = jnp.sum(e, axis=-1), e.astype(cache.dtype)
+    out = jnp.einsum("cqhk,ckr->cqhr", e, held[..., :latent], precision=exact, preferred_element_type=jnp.float32)
+    return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)

@@ -1,0 +1,73 @@
+"""DeepSeek-V2, V3 and R1, and Mistral Large 3: their configs. Graph and parameters are those of mla.py and moe.py."""
+
+from __future__ import annotations
+
+from polyradix.backend.protocol import LatentSpec, MoeSpec
+from polyradix.graph.config import Config
+from polyradix.graph.errors import ModelError
+from polyradix.graph.mla import Latent
+from polyradix.graph.moe import Experts
+from polyradix.graph.rope import Rope, magnitude, read_rope, scaling
+
+ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Mistral4ForCausalLM", "MistralLarge3ForCausalLM")
+_METHODS = {"DeepseekV2ForCausalLM": "greedy", "DeepseekV3ForCausalLM": "noaux_tc"}  # where a config does not say
+_FIELDS = {"groups": "n_group", "top_groups": "topk_group", "top_k": "num_experts_per_tok", "scoring": "scoring_func"}
+
+
+def latent(c: Config, max_position: int) -> tuple[Latent, Rope]:
+    """Attention, and the table of its rotated columns."""
+    nope, turned = c.count("qk_nope_head_dim"), c.count("qk_rope_head_dim")
+    if turned % 2:
+        raise c.wrong("qk_rope_head_dim", "an even number")
+    rope, r = read_rope(c, max_position, turned, of=nope + turned), scaling(c)
+    stretch = magnitude(rope.factor, r.get("mscale_all_dim", float, 0.0)) if rope.type == "yarn" else 1.0
+    beta = r.get("llama_4_scaling_beta", float, 0.0)
+    attention = LatentSpec(
+        heads=c.count("num_attention_heads"),
+        rank=c.count("kv_lora_rank"),
+        nope=nope,
+        rope=turned,
+        v=c.count("v_head_dim"),
+        scale=(nope + turned) ** -0.5 * stretch**2,
+        eps=c.positive("rms_norm_eps", 1e-6),
+        attn_scale=beta,
+        floor_scale=r.count("original_max_position_embeddings") if beta else 1,
+    )
+    q_rank = None if c.values.get("q_lora_rank") is None else c.count("q_lora_rank")
+    bias = c.get("attention_bias", bool, False)
+    return Latent(attention, q_rank, c.get("rope_interleave", bool, True), bias), rope
+
+
+def experts(c: Config, architecture: str, layers: int) -> Experts | None:
+    dense, step = c.get("first_k_dense_replace", int, 0), c.count("moe_layer_freq", 1)
+    sparse = frozenset(i for i in range(layers) if i >= dense and i % step == 0)
+    if not sparse or c.values.get("n_routed_experts") is None:
+        return None
+    inner, shared = c.count("moe_intermediate_size"), c.get("n_shared_experts", int, 0)
+    routing, bias = _routing(c, architecture)
+    return Experts(routing, inner, frozenset(range(layers)) - sparse, shared * inner, bias)
+
+
+def _routing(c: Config, architecture: str) -> tuple[MoeSpec, bool]:
+    """And whether the router has a selection bias."""
+    v3 = architecture == "DeepseekV3ForCausalLM"
+    method = c.get("topk_method", str, _METHODS.get(architecture, "group_limited_greedy"))
+    if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+        raise c.wrong("topk_method", "'greedy', 'group_limited_greedy' or 'noaux_tc'")
+    scoring = c.get("scoring_func", str, "sigmoid" if v3 else "softmax")
+    groups = 1 if method == "greedy" else c.count("n_group", 1)
+    try:
+        routing = MoeSpec(
+            experts=c.count("n_routed_experts"),
+            top_k=c.count("num_experts_per_tok"),
+            scoring=scoring,  # type: ignore[arg-type]
+            renormalise=c.get("norm_topk_prob", bool, architecture != "DeepseekV2ForCausalLM"),
+            scale=c.positive("routed_scaling_factor", 1.0),
+            groups=groups,
+            top_groups=1 if groups == 1 else c.count("topk_group"),
+            group_best=1 if groups == 1 or architecture == "DeepseekV2ForCausalLM" else 2,
+        )
+    except ValueError as e:
+        field, _, rest = str(e).removeprefix("MoeSpec.").partition(" ")
+        raise ModelError(f"model config: {_FIELDS.get(field, field)} {rest}") from e
+    return routing, method == "noaux_tc"
