@@ -28,7 +28,7 @@ def adjustments(plan: Plan, vocab: int) -> Adjust | None:
 def _of(req: Request, vocab: int) -> tuple[I32, F32, F32]:
     """Ids, factors and sums. Penalties are vLLM's: of the prompt, only repetition counts it."""
     p, tokens = req.params, req.tokens()
-    start = len(req.prompt) + req.forced
+    start = len(req.prompt)
     said, counts = np.unique(tokens[start:], return_counts=True)
     sums = [(said, -(p.frequency_penalty * counts + p.presence_penalty))]
     sums.append((np.array(list(p.logit_bias), np.int32), np.array(list(p.logit_bias.values()), np.float64)))
@@ -42,26 +42,3 @@ def _of(req: Request, vocab: int) -> tuple[I32, F32, F32]:
     values = np.concatenate([np.zeros(len(seen)), *(v for _, v in sums)])
     add = np.bincount(at, values, len(ids)) if len(ids) else values
     return ids.astype(np.int32), factor, add.astype(np.float32)
-
-
-class Forced:
-    """A Matcher that allows exactly `tokens`, one after the other, and then anything."""
-
-    def __init__(self, tokens: I32) -> None:
-        self._tokens, self._at = tokens, 0
-
-    def fill(self, row: I32) -> None:
-        if self._at == len(self._tokens):
-            row[:] = -1
-            return
-        word, bit = divmod(int(self._tokens[self._at]), 32)
-        row[:] = 0
-        row[word] = np.uint32(1 << bit).astype(np.int32)
-
-    def accept(self, token: int) -> bool:
-        self._at = min(self._at + 1, len(self._tokens))
-        return False
-
-    def forced(self) -> list[int]:
-        """None: each one is sampled, for its log-probability."""
-        return []

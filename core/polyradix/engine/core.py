@@ -12,7 +12,6 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
 from polyradix.backend.registry import open_backend
-from polyradix.engine.adjust import Forced, adjustments
+from polyradix.engine.adjust import adjustments
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.forward import Forward, ForwardError, identity
 from polyradix.engine.grammars import Gate
@@ -186,11 +185,7 @@ class EngineCore:
         seed = int(self._seeds.integers(2**31)) if params.seed is None else params.seed
         eos = frozenset() if params.ignore_eos else frozenset(self.spec.eos_ids)
         self._check_features(params)
-        echo = params.prompt_logprobs and len(tokens) > 1
-        first = tokens[:1] if echo else tokens
-        req = Request(rid, first, params, eos, namespace, _fold32(seed), priority, tenant)
-        if echo:
-            req = _echoing(req, tokens[1:])
+        req = Request(rid, tokens, params, eos, namespace, _fold32(seed), priority, tenant)
         self._limits.check(req, timeout)
         with self._limits.room_for(req):
             self._enqueue(req)
@@ -207,9 +202,8 @@ class EngineCore:
         caps, field, grammar = self.backend.caps, params.adjusting, params.grammar
         if field and "adjust" not in caps.features:
             raise InvalidParam(field, getattr(params, field), f"nothing, as {caps.name} cannot adjust logits")
-        if (grammar or params.prompt_logprobs) and "mask" not in caps.features:
-            name, value = (grammar.field, grammar.kind) if grammar else ("prompt_logprobs", "True")
-            raise InvalidParam(name, value, f"none, as {caps.name} has no masks")
+        if grammar and "mask" not in caps.features:
+            raise InvalidParam(grammar.field, grammar.kind, f"none, as {caps.name} has no masks")
         if strange := [i for i in params.logit_bias if not 0 <= i < self.spec.vocab]:
             raise InvalidParam("logit_bias", strange[0], f"token ids from 0 to {self.spec.vocab - 1}")
 
@@ -366,15 +360,6 @@ def _max_context(config: EngineConfig, spec: ModelSpec) -> int:
     if config.max_context is not None and config.max_context > spec.max_position:
         raise ConfigError(f"max_context is {config.max_context}; the model was made for {spec.max_position} at most")
     return config.max_context or spec.max_position
-
-
-def _echoing(req: Request, rest: np.ndarray) -> Request:
-    """`rest` of the prompt comes as outputs, so that each of its tokens has a log-probability."""
-    if req.params.grammar is not None:
-        raise InvalidParam(req.params.grammar.field, req.params.grammar.kind, "none with prompt_logprobs")
-    req.params = msgspec.structs.replace(req.params, max_tokens=req.params.max_tokens + len(rest))
-    req.forced, req.matcher = len(rest), Forced(rest)
-    return req
 
 
 def _fold32(seed: int) -> int:

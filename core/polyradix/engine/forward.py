@@ -3,7 +3,7 @@
 A token whose own result is wanted is a row of its own: a prompt of n tokens is n rows of one token, on the same pages.
 `attend` writes a whole batch before it reads, so this needs no verb of its own, and the logits stay [max_seqs,V]. A
 prompt's logprobs come from sampling under a mask that allows one token, the one that follows. Hidden states leave the
-device through `logits` with the identity as its weight. See docs/decisions/014-embeddings.md.
+device through `logits` with the identity as its weight. See docs/decisions/009-embeddings.md.
 """
 
 from __future__ import annotations

@@ -19,8 +19,7 @@ class InvalidParam(ValueError):
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Defaults are OpenAI's. `seed` None draws one per request. `logprobs` None is off, n gives the chosen token's and
-    the n best. `min_tokens` come before a stop token may. With `prompt_logprobs` the outputs begin with the prompt's
-    tokens but the first, which max_tokens does not count: that takes one step each."""
+    the n best. `min_tokens` come before a stop token may."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -37,7 +36,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
-    prompt_logprobs: bool = False
 
     @property
     def adjusting(self) -> str:

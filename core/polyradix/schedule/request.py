@@ -37,7 +37,6 @@ class Request:
         self.tenant = tenant
         self.stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos)
         self.outputs: list[int] = []
-        self.forced = 0  # outputs at the start that are really prompt: no stop token counts among them
         self.matcher: Matcher | None = None  # has taken `outputs`; set before the request is added
         self.timeout: float | None = None  # seconds, and when it ends on the engine's clock; the scheduler has none
         self.deadline = math.inf

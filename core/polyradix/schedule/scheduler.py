@@ -396,7 +396,7 @@ class Scheduler:
         if self.config.fair:
             self._queue.charge(req, OUTPUT_WEIGHT)
         finish: Finish | None = None
-        stop = token if token in req.stops and len(req.outputs) > req.forced else None
+        stop = token if token in req.stops else None
         if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
         elif req.prompt_tokens + len(req.outputs) >= req.limit:

@@ -179,14 +179,23 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
     silent = openai.silent(body)
     wanted = 0 if logprobs is None and best_of > n else logprobs
     choices: list[Choice] = []
+    echoes: list[list[Choice]] = []  # by prompt
     for prompt in given:
         ids = await server.tokens(prompt, "prompt")
         new = [server.choice(len(choices) + i, ids, body, "prompt", 16, wanted, stop) for i in range(best_of)]
         for choice in new if body.echo else ():
             choice.echo, choice.silent = prompt if isinstance(prompt, str) else server.text(ids), silent
         choices += new
+        echoes += [new] if body.echo and logprobs is not None else []
     form = CompletionForm(server.name, server.tokenizer, _include_usage(body), n, best_of, logprobs is not None)
-    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
+
+    async def before() -> None:
+        for same in echoes:
+            found = await reading.prompt_logprobs(server.client, same[0].prompt, logprobs or 0)
+            for choice in same:
+                choice.echo_logprobs(found)
+
+    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream), before)
 
 
 async def generate(server: Server, body: openai.GenerateRequest, started: float) -> Answer:

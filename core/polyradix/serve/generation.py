@@ -84,18 +84,22 @@ class Choice:
         self._held: list[tuple[int, int, TokenLogProbs]] = []  # (start byte, token, its logprobs)
         self._token_bytes = 0
         self._text_bytes = 0
-        self._echoed = len(self.prompt) if self.params.prompt_logprobs else 0  # tokens of the prompt yet to come
+        self._echoed: list[tuple[int, TokenLogProbs]] = []  # of the prompt, not given out yet
 
     def submit(self) -> Submit:
         t, tokens = self.terms, np.asarray(self.prompt, "<i4").tobytes()
         tenant = CALLER.get().name or t.tenant
         return Submit(self.rid, tokens, self.params, t.namespace, t.priority, t.timeout, tenant)
 
+    def echo_logprobs(self, found: list[TokenLogProbs | None]) -> None:
+        """Of the prompt's tokens, to come before everything else. The first one has none: NaN."""
+        self._echoed = list(zip(self.prompt, (each or TokenLogProbs(math.nan, []) for each in found), strict=True))
+
     def push(self, chunk: Chunk) -> Piece:
         """Raises ApiError if the engine gave up on it."""
         if chunk.finish in ("error", "abort"):
             raise engine_error(chunk)
-        entries = self._prompt_entries(chunk)
+        entries, self._echoed = self._echoed, []
         if self.silent:
             chunk.tokens, chunk.logprobs, chunk.stop_token = [], None, None
         self.queue_seconds = chunk.queue_seconds
@@ -127,21 +131,6 @@ class Choice:
         if self.finish == "stop" and self.parser.calls:
             self.finish = "tool_calls"
         return events
-
-    def _prompt_entries(self, chunk: Chunk) -> list[tuple[int, TokenLogProbs]]:
-        """Of the prompt's tokens in the chunk, which are taken out of it. The prompt's first token has none: NaN."""
-        if not self._echoed:
-            return []
-        out: list[tuple[int, TokenLogProbs]] = []
-        if self._echoed == len(self.prompt):
-            out.append((self.prompt[0], TokenLogProbs(math.nan, [])))
-            self._echoed -= 1
-        count = min(self._echoed, len(chunk.tokens))
-        logprobs = chunk.logprobs or []
-        out += zip(chunk.tokens[:count], logprobs[:count], strict=True)
-        chunk.tokens, chunk.logprobs = chunk.tokens[count:], logprobs[count:]
-        self._echoed -= count
-        return out
 
     def _entries(self, tokens: list[int], logprobs: list[TokenLogProbs], text: str) -> list[tuple[int, TokenLogProbs]]:
         """Logprobs whose text is out: while a stop string may be starting, they wait with the text; if it was one, they

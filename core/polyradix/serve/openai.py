@@ -273,9 +273,7 @@ def sampling(body: Sampling, max_tokens: int, room: int, vocab: int, logprobs: i
     given["logit_bias"] = _bias(body.logit_bias or {}, vocab)
     spec = grammar(body.response_format, body.structured_outputs)
     most = min(wanted, room)
-    echo = isinstance(body, CompletionRequest) and bool(body.echo) and body.logprobs is not None
-    fixed: dict[str, Any] = {"max_tokens": most, "stop_token_ids": ids, "logprobs": logprobs, "prompt_logprobs": echo}
-    params = SamplingParams(grammar=spec, **fixed, **given)
+    params = SamplingParams(max_tokens=most, stop_token_ids=ids, logprobs=logprobs, grammar=spec, **given)
     try:
         params.check()
     except InvalidParam as error:

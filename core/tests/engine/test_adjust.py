@@ -143,25 +143,6 @@ def test_min_tokens(make: Any) -> None:
             assert x[token] == x.max()
 
 
-def test_prompt_logprobs(make: Any) -> None:
-    """A stop token in the prompt stops nothing; penalties count the prompt as prompt."""
-    core, prompt = make(), PROMPTS[2].tolist()
-    form: dict[str, Any] = {"max_tokens": 4, "seed": 2, "temperature": 0, "frequency_penalty": 2.0}
-    p = SamplingParams(logprobs=2, prompt_logprobs=True, stop_token_ids=(prompt[3],), **form)
-    tokens, finish, logprobs = run(core, {2: p})[2]
-    plain = make()
-    want = run(plain, {2: SamplingParams(stop_token_ids=(prompt[3],), **form)})[2]
-    assert tokens == prompt[1:] + want[0]
-    assert finish[-1] == want[1][-1]
-    assert len(logprobs) == len(tokens)
-    for n, (token, entry) in enumerate(zip(tokens, logprobs, strict=True)):
-        x = core.backend.logits[2, 1 + n].astype(np.float64)
-        logs = x - x.max() - np.log(np.exp(x - x.max()).sum())
-        assert entry.logprob == pytest.approx(logs[token], abs=1e-4)
-        assert [i for i, _ in entry.top] == np.argsort(-x, kind="stable")[:2].tolist()
-    np.testing.assert_allclose(core.backend.logits[2, len(prompt)], plain.backend.logits[2, len(prompt)], atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("form", "field"),
     [
@@ -189,10 +170,7 @@ class Plain(Recording):
         self.caps = replace(self.caps, features=self.caps.features - {"mask", "adjust"})
 
 
-@pytest.mark.parametrize(
-    ("form", "field"), [({"presence_penalty": 1.0}, "presence_penalty"), ({"prompt_logprobs": True}, "prompt_logprobs")]
-)
-def test_a_backend_that_cannot(make: Any, form: dict[str, Any], field: str) -> None:
-    with pytest.raises(InvalidParam, match=r"none|nothing") as error:
-        make(Plain).submit("a", PROMPTS[0], SamplingParams(**form))
-    assert error.value.param == field
+def test_a_backend_that_cannot(make: Any) -> None:
+    with pytest.raises(InvalidParam, match="nothing") as error:
+        make(Plain).submit("a", PROMPTS[0], SamplingParams(presence_penalty=1.0))
+    assert error.value.param == "presence_penalty"
