@@ -11,9 +11,9 @@ from polyradix_conformance.runner import run_case
 from polyradix_tpu import entry
 
 CHOSEN = (
-    "L1/moe/sigmoid/bfloat16",
     "L1/attend/decode/window-7/float32",
     "L1/attend/mixed/softcap/bfloat16",
+    "L1/moe/sigmoid/bfloat16",
     "L1/attend_latent/shape-kernel-tiles/bfloat16",
 )
 CASES = [c for c in all_cases() if c.id in CHOSEN]  # few: the interpreter is slow
