@@ -93,7 +93,7 @@ class Server:
         return Choice(index, prompt, params, self.formats.view if readable else self.tokenizer, stop, terms=terms(body))
 
     def text(self, ids: list[int]) -> str:
-        """Of a prompt, special tokens included."""
+        """Of tokens, special ones included."""
         return b"".join(map(self.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
 
     def check_length(self, prompt: list[int], field: str, output: int = 1) -> int:
@@ -171,7 +171,7 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
     openai.refuse(body, openai.REFUSED_COMPLETION)
     openai.check_common(body, server.name)
     logprobs, stop = openai.completion_logprobs(body), openai.stops(body)
-    given, n, best_of = openai.completion_prompts(body), body.n or 1, openai.best_of(body)
+    given, n, best_of = openai.prompts(body.prompt, "prompt"), body.n or 1, openai.best_of(body)
     if len(given) * best_of > openai.MAX_CHOICES:
         raise field_error(
             "prompt", f"{len(given)} prompts, n {best_of}", f"at most {openai.MAX_CHOICES} choices in a request"
@@ -190,12 +190,14 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
     form = CompletionForm(server.name, server.tokenizer, _include_usage(body), n, best_of, logprobs is not None)
 
     async def before() -> None:
-        for same in echoes:
-            found = await reading.prompt_logprobs(server.client, same[0].prompt, logprobs or 0)
+        found = await reading.prompt_logprobs(server.client, [same[0].prompt for same in echoes], logprobs or 0)
+        for same, logs in zip(echoes, found, strict=True):
             for choice in same:
-                choice.echo_logprobs(found)
+                choice.echo_logprobs(logs)
 
-    return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream), before)
+    return answer(
+        Generation(server.client, server.metrics, choices, started), form, bool(body.stream), before if echoes else None
+    )
 
 
 async def generate(server: Server, body: openai.GenerateRequest, started: float) -> Answer:
@@ -209,7 +211,7 @@ async def generate(server: Server, body: openai.GenerateRequest, started: float)
         raise field_error("prompt_logprobs", top, "an integer from 0 to 20")
 
     async def before() -> None:
-        form.prompt_logprobs = await reading.prompt_logprobs(server.client, ids, top)
+        (form.prompt_logprobs,) = await reading.prompt_logprobs(server.client, [ids], top)
 
     return answer(run, form, bool(body.stream), before)
 

@@ -170,7 +170,7 @@ def _queue_options(add: Callable[..., None]) -> None:
     """What docs/scheduling.md is about."""
     text = "which waiting request goes first: longest cached prefix, first come, or the lowest `priority`"
     add(("--schedule-policy", "--policy"), "policy", text, choices=get_args(Policy))
-    text = "let the tenant (`user`) that got the least service go first"
+    text = "let the tenant (API key, else `user`) that got the least service go first"
     add("--fair", "fair", text, action="store_true")
     text = "prefill tokens of a step; what the budget leaves if not given"
     add("--chunked-prefill-size", "chunked_prefill_size", text, type=int)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from polyradix.engine.detokenizer import Detokenizer
 from polyradix.engine.messages import Chunk, Submit, TokenLogProbs
+from polyradix.grammar.spec import Vocabulary
 from polyradix.schedule.params import SamplingParams
 from polyradix.serve import tracing
 from polyradix.serve.access import CALLER
@@ -24,22 +25,15 @@ from polyradix.serve.parsers.feed import Event, Text
 from polyradix.serve.replies import Finish
 from polyradix.serve.terms import Terms
 
+FAILURES = ("error", "abort")
 RETRY_SECONDS = 1  # what a client is told that found the queue full
 
 
-class Tokens(Protocol):
+class Tokens(Vocabulary, Protocol):
     """What the server needs of a tokenizer; `Tokenizer` of the engine has it."""
 
     @property
-    def eos_ids(self) -> Iterable[int]: ...
-    @property
-    def special_ids(self) -> frozenset[int]: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
     def template(self) -> str: ...
-    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
-    def token_bytes(self, token: int) -> bytes: ...
     def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str: ...
 
 
@@ -97,7 +91,7 @@ class Choice:
 
     def push(self, chunk: Chunk) -> Piece:
         """Raises ApiError if the engine gave up on it."""
-        if chunk.finish in ("error", "abort"):
+        if chunk.finish in FAILURES:
             raise engine_error(chunk)
         entries, self._echoed = self._echoed, []
         if self.silent:
@@ -159,6 +153,7 @@ class Generation:
         self._unfinished = "abort"
         self._caller = CALLER.get()
         self._first_token: float | None = None
+        self._failure: ApiError | None = None  # to be raised once the pieces before it are given out
 
     def __enter__(self) -> Generation:
         try:
@@ -205,12 +200,18 @@ class Generation:
             raise
 
     async def _next(self) -> list[tuple[Choice, Piece]]:
+        if self._failure is not None:
+            raise self._failure
         chunks = await self._call.next()
         pieces: list[tuple[Choice, Piece]] = []
         for chunk in _merge(chunks):
             choice = self._by_rid[chunk.rid]
             if choice.finish is None:
-                piece = choice.push(chunk)
+                try:
+                    piece = choice.push(chunk)
+                except ApiError as error:
+                    self._failure = error
+                    break
                 if piece.finish is not None and chunk.finish is None:
                     self._call.drop(choice.rid)
                 self._observe(choice, len(piece.tokens))
@@ -240,9 +241,13 @@ class Generation:
 
 
 def _merge(chunks: list[Chunk]) -> list[Chunk]:
-    """One chunk a request: a client that reads slowly gets more at a time. Chunks of one request are in order."""
+    """One chunk a request: a client that reads slowly gets more at a time. Chunks of one request are in order. What
+    ends one without success comes last, on its own."""
     merged: dict[str, Chunk] = {}
+    failed = [chunk for chunk in chunks if chunk.finish in FAILURES]
     for chunk in chunks:
+        if chunk.finish in FAILURES:
+            continue
         before = merged.get(chunk.rid)
         if before is not None:
             chunk.tokens = before.tokens + chunk.tokens
@@ -250,7 +255,7 @@ def _merge(chunks: list[Chunk]) -> list[Chunk]:
                 chunk.logprobs = (before.logprobs or []) + (chunk.logprobs or [])
             chunk.cached_tokens = max(before.cached_tokens, chunk.cached_tokens)
         merged[chunk.rid] = chunk
-    return list(merged.values())
+    return [*merged.values(), *failed]
 
 
 def dead(error: EngineDead) -> ApiError:

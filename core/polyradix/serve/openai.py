@@ -239,10 +239,6 @@ def silent(body: CompletionRequest) -> bool:
     return True
 
 
-def completion_prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
-    return prompts(body.prompt, "prompt")
-
-
 def prompts(given: str | list[str] | list[int] | list[list[int]], field: str) -> list[str] | list[list[int]]:
     if isinstance(given, str):
         return [given]

@@ -16,7 +16,7 @@ from polyradix.serve.access import CALLER
 from polyradix.serve.answer import LEAST, Answer, send_json
 from polyradix.serve.client import EngineClient, EngineDead
 from polyradix.serve.errors import ApiError, field_error
-from polyradix.serve.generation import dead, engine_error
+from polyradix.serve.generation import FAILURES, dead, engine_error
 from polyradix.serve.openai import Body, check_model, prompts
 
 if TYPE_CHECKING:
@@ -81,11 +81,16 @@ def _vector(raw: bytes, form: str | None) -> list[float] | str:
     return [float(x) for x in np.frombuffer(raw, "<f4")]
 
 
-async def prompt_logprobs(client: EngineClient, prompt: list[int], top: int) -> list[TokenLogProbs | None]:
-    """Of each token, None for the first."""
-    (chunk,) = await read(client, [prompt], "logprobs", top)
-    found = chunk.logprobs or []
-    return [None, *(TokenLogProbs(max(e.logprob, LEAST), [(t, max(v, LEAST)) for t, v in e.top]) for e in found)]
+async def prompt_logprobs(
+    client: EngineClient, given: Sequence[list[int]], top: int
+) -> list[list[TokenLogProbs | None]]:
+    """Of each prompt's tokens, None for the first."""
+    chunks = await read(client, given, "logprobs", top)
+    return [[None, *map(_bounded, chunk.logprobs or [])] for chunk in chunks]
+
+
+def _bounded(e: TokenLogProbs) -> TokenLogProbs:
+    return TokenLogProbs(max(e.logprob, LEAST), [(token, max(value, LEAST)) for token, value in e.top])
 
 
 async def read(client: EngineClient, given: Sequence[list[int]], want: Want, top: int = 0) -> list[Chunk]:
@@ -96,7 +101,7 @@ async def read(client: EngineClient, given: Sequence[list[int]], want: Want, top
         with client.call(reads) as call:
             while chunks := await call.next():
                 for chunk in chunks:
-                    if chunk.finish in ("error", "abort"):
+                    if chunk.finish in FAILURES:
                         raise engine_error(chunk)
                     got[chunk.rid] = chunk
     except EngineDead as error:

@@ -16,7 +16,7 @@ from polyradix.schedule.params import SamplingParams
 from polyradix.serve import openai
 from polyradix.serve.client import EngineDead
 from polyradix.serve.errors import ApiError, field_error
-from polyradix.serve.generation import dead, engine_error
+from polyradix.serve.generation import FAILURES, dead, engine_error
 
 if TYPE_CHECKING:
     from polyradix.serve.app import Server
@@ -51,17 +51,13 @@ async def tokenize(server: Server, body: TokenizeRequest, started: float) -> Res
         kwargs = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
         text = server.render(openai.chat_messages(chat), kwargs)
     ids = await server.encode(text, add_special=body.messages is None if special is None else special)
-    strings = [_text([t], server) for t in ids] if body.return_token_strs else None
+    strings = [server.text([t]) for t in ids] if body.return_token_strs else None
     return json({"count": len(ids), "max_model_len": server.context, "tokens": ids, "token_strs": strings})
 
 
 async def detokenize(server: Server, body: DetokenizeRequest, started: float) -> Response:
     openai.check_model(body.model, server.name)
-    return json({"prompt": _text(server.check_ids(body.tokens, "tokens"), server)})
-
-
-def _text(ids: list[int], server: Server) -> str:
-    return b"".join(map(server.tokenizer.token_bytes, ids)).decode("utf-8", "replace")
+    return json({"prompt": server.text(server.check_ids(body.tokens, "tokens"))})
 
 
 async def health_generate(server: Server) -> Response:
@@ -77,7 +73,7 @@ async def health_generate(server: Server) -> Response:
     except TimeoutError:
         message = f"no token within {HEALTH_SECONDS:g} s"
         raise ApiError(503, message, code="engine_unavailable") from None
-    if chunks[0].finish in ("error", "abort"):
+    if chunks[0].finish in FAILURES:
         raise engine_error(chunks[0])
     return json({"status": "ok", "max_context": context})
 

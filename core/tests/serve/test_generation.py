@@ -1,13 +1,18 @@
-"""Several tokens in one chunk, as jump-forward gives them, count as they would one by one."""
+"""Several tokens or chunks that come together are given out as they would be one by one."""
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
 
-from polyradix.engine.messages import Chunk, TokenLogProbs
+from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
 from polyradix.schedule.params import SamplingParams
+from polyradix.serve.errors import ApiError
 from polyradix.serve.fake import ByteTokenizer
-from polyradix.serve.generation import Choice
+from polyradix.serve.generation import Choice, Generation
+from polyradix.serve.metrics import Metrics
 
 TEXT = b'{"key": 1}'
 
@@ -34,3 +39,30 @@ def test_chunks_of_any_size(stop: tuple[str, ...], logprobs: bool) -> None:
         assert single[0] == '{"k'
         assert single[3:] == (5, "stop")
     assert all(_run(size, stop, logprobs) == single for size in (2, 3, 7, len(TEXT)))
+
+
+class _Arrived:
+    """A client whose call has all its chunks at once."""
+
+    stats, ready, error = Stats(), None, ""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self._chunks = chunks
+
+    def call(self, requests: object) -> _Arrived:
+        return self
+
+    async def next(self) -> list[Chunk]:
+        chunks, self._chunks = self._chunks, []
+        return chunks
+
+
+def test_what_came_before_an_error_is_given_out() -> None:
+    choice = Choice(0, [1, 2], SamplingParams(), ByteTokenizer())
+    failed = Chunk(choice.rid, [], finish="error", error="why", code="timeout")
+    client: Any = _Arrived([Chunk(choice.rid, [97]), Chunk(choice.rid, [98]), failed])
+    run = Generation(client, Metrics(client), [choice], 0.0)
+    ((_, piece),) = asyncio.run(run.next())
+    assert piece.text == "ab"
+    with pytest.raises(ApiError, match="why"):
+        asyncio.run(run.next())

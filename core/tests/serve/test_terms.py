@@ -114,4 +114,5 @@ def test_a_timeout_is_408_and_not_tried_again(make_live: Any) -> None:
         assert len(live.engine.submits) == 1
         text = live.post(TEXT, {"prompt": "hi", "stream": True}).text
         events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        assert "choices" in events[0]
         assert events[-1]["error"]["code"] == "timeout"
