@@ -13,12 +13,7 @@ BAN = -1e30  # finite: a token that a mask removes stays less likely still
 
 def adjustments(plan: Plan, vocab: int) -> Adjust | None:
     """Of the rows that sample and want any. All earlier plans are applied."""
-    ends = plan.host.kv_len.tolist()
-    rows = [
-        (row, *_of(req, vocab))
-        for row, req in enumerate(plan.rows)
-        if req.params.adjusting and not req.finished and ends[row] >= len(req.fed)
-    ]
+    rows = [(row, *_of(req, vocab)) for row, req in plan.sampling() if req.params.adjusting]
     if not any(len(ids) for _, ids, _, _ in rows):
         return None
     row = np.repeat(np.array([r for r, *_ in rows], np.int32), [len(ids) for _, ids, _, _ in rows])

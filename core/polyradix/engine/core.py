@@ -161,8 +161,8 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        work = self.scheduler, self._gate, self._limits, self._forward
-        return any(each.has_work for each in work)
+        waiting = self._gate.has_work or self._limits.has_work or self._forward.has_work
+        return self.scheduler.has_work or waiting
 
     def submit(
         self,

@@ -31,14 +31,14 @@ class Plan:
     top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
     masked: bool = False  # a row has a grammar, or penalties and such: sampling needs all earlier plans applied
 
-    def choosing(self) -> list[tuple[int, Request, Matcher]]:
-        """The rows that sample by a grammar, with theirs."""
+    def sampling(self) -> list[tuple[int, Request]]:
+        """The rows whose sample will count. All earlier plans are applied."""
         ends = self.host.kv_len.tolist()
-        return [
-            (row, req, req.matcher)
-            for row, req in enumerate(self.rows)
-            if req.matcher is not None and not req.finished and ends[row] >= len(req.fed)
-        ]
+        return [(row, r) for row, r in enumerate(self.rows) if not r.finished and ends[row] >= len(r.fed)]
+
+    def choosing(self) -> list[tuple[int, Request, Matcher]]:
+        """Of these, the rows that sample by a grammar, with theirs."""
+        return [(row, req, req.matcher) for row, req in self.sampling() if req.matcher is not None]
 
 
 class Output(msgspec.Struct, gc=False):
@@ -72,7 +72,7 @@ class RowTable:
         self.min_p = np.zeros(rows, np.float32)
         self.seed = np.zeros(rows, np.int32)
         self.logprobs = np.zeros(rows, np.int32)  # -1: none wanted
-        self.grammar = np.zeros(rows, np.bool_)
+        self.masked = np.zeros(rows, np.bool_)  # as in Plan
         self._free = list(range(rows - 1, -1, -1))
 
     @property
@@ -90,7 +90,7 @@ class RowTable:
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot] = max(p.top_k, 0)
         self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
-        self.grammar[slot] = req.matcher is not None or req.params.adjusting != ""
+        self.masked[slot] = req.matcher is not None or req.params.adjusting != ""
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
     def set_pages(self, req: Request) -> None:
@@ -130,7 +130,7 @@ class RowTable:
             position=host.kv_len,
         )
         top = int(self.logprobs[slots].max())
-        return Plan(number, rows, host, sample, top if top >= 0 else None, bool(self.grammar[slots].any()))
+        return Plan(number, rows, host, sample, top if top >= 0 else None, bool(self.masked[slots].any()))
 
     def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:
         size, n = self.page_size, len(slots)

@@ -29,7 +29,6 @@ class Request:
     ) -> None:
         self.rid = rid
         self.prompt: I32 = np.ascontiguousarray(prompt, np.int32)
-        self.prompt_tokens = len(prompt)
         self.params = params
         self.namespace = namespace
         self.seed = seed

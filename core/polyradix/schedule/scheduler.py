@@ -399,7 +399,7 @@ class Scheduler:
         stop = token if token in req.stops else None
         if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
             finish = "stop"
-        elif req.prompt_tokens + len(req.outputs) >= req.limit:
+        elif len(req.prompt) + len(req.outputs) >= req.limit:
             finish = "length"
         req.finished = finish is not None
         return finish, stop
