@@ -7,29 +7,16 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from polyradix.bench.measure import Event, Message, Sample, Slo, run, summary
 from polyradix.bench.plot import svg
 from polyradix.bench.workload import DatasetError, Sizes, Talk, talks
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
 SMALL = [
     "--requests=3",
     "--input=8",
@@ -123,17 +110,8 @@ def test_plot() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+def model(byte_model: Callable[[int, str], Path]) -> Path:
+    return byte_model(1, "{% for m in messages %}{{ m.content }}\n{% endfor %}")
 
 
 @pytest.fixture(scope="module")

@@ -3,44 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from polyradix import Engine
 from polyradix.schedule.params import InvalidParam
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
 TEXTS = ["one", "two and a half", "three", "a longer prompt than the others are"]
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer_config.json").write_text("{}")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
+def engine(byte_model: Callable[[int, str], Path]) -> Engine:
     sizes = {"max_seqs": 8, "max_tokens_per_step": 32, "kv_pages": 60}
-    return Engine(str(folder), device="numpy", load_format="dummy", embeddings=True, progress=False, **sizes)
+    return Engine(str(byte_model(2, "")), device="numpy", load_format="dummy", embeddings=True, progress=False, **sizes)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,25 +12,12 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from polyradix.serve.app import Server, make_app
 from polyradix.serve.client import EngineClient
 from polyradix.serve.fake import ByteTokenizer, FakeEngine
 from polyradix.serve.run import listen
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "vocab_size": 256,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "float32",
-}
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -117,14 +103,6 @@ def make_live() -> Callable[..., contextlib.AbstractContextManager[Live]]:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(byte_model: Callable[[int, str], Path]) -> Path:
     """A model to be made of random weights, with one token a byte and a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return byte_model(2, TEMPLATE)
