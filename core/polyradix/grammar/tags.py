@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from polyradix.grammar.spec import GrammarError, GrammarSpec
+from polyradix.grammar.spec import GrammarError
 
 
 class Structure(msgspec.Struct, forbid_unknown_fields=True):
@@ -25,20 +25,6 @@ class Tags(msgspec.Struct, forbid_unknown_fields=True):
     triggers: list[str]
     at_least_one: bool = False
     stop_after_first: bool = False
-
-
-def structural_tag(
-    structures: Iterable[tuple[str, dict[str, Any] | bool, str]],
-    triggers: Sequence[str],
-    *,
-    at_least_one: bool = False,
-    stop_after_first: bool = False,
-    field: str = "grammar",
-) -> GrammarSpec:
-    """Of (begin, schema, end). With both switches on, the output is one of them and nothing else: a forced call."""
-    made = [Structure(begin, end, schema) for begin, schema, end in structures]
-    source = msgspec.json.encode(Tags(made, list(triggers), at_least_one, stop_after_first))
-    return GrammarSpec(kind="structural_tag", source=source.decode(), field=field)
 
 
 def lark(source: str, specials: Mapping[str, int], form: Mapping[str, Any]) -> str:

@@ -11,7 +11,6 @@ import pytest
 
 from polyradix.grammar.compiler import LlgCompiler
 from polyradix.grammar.spec import GrammarError, GrammarSpec
-from polyradix.grammar.tags import structural_tag
 from polyradix.serve.fake import ByteTokenizer
 
 VOCAB = 300
@@ -23,6 +22,12 @@ CITY = {
 }
 TOOLS = [("<f=get>", CITY, "</f>"), ("<f=put>", True, "</f>"), ("[add]", CITY, "")]
 GET, PUT = '<f=get>{"city": "x"}</f>', "<f=put>[1, {}]</f>"
+
+
+def structural_tag(tools: Any, triggers: list[str], **switches: bool) -> GrammarSpec:
+    structures = [{"begin": begin, "schema": schema, "end": end} for begin, schema, end in tools]
+    source = json.dumps({"structures": structures, "triggers": triggers, **switches})
+    return GrammarSpec(kind="structural_tag", source=source)
 
 
 class Special(ByteTokenizer):
