@@ -34,7 +34,7 @@ def _adjusted(logits: jax.Array, batch: SampleBatch) -> jax.Array:
     return _adjust(logits, row, id, np.pad(a.factor, (0, pad), constant_values=1), np.pad(a.add, (0, pad)))
 
 
-@jax.jit
+@partial(jax.jit)
 def _adjust(x: jax.Array, row: jax.Array, id: jax.Array, factor: jax.Array, add: jax.Array) -> jax.Array:
     old = x.at[row, id].get(mode="fill", fill_value=0)
     return x.at[row, id].set(jnp.where(old > 0, old / factor, old * factor) + add, mode="drop")
