@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test checks tests-core tests tests-triton tests-tpu tests-aot example bench clean
+.PHONY: help serve test checks tests-core tests tests-triton tests-rocm tests-tpu tests-aot example bench clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -19,7 +19,7 @@ CORE := .venv-core/bin
 TPU := .venv-tpu/bin
 AOT := .venv-aot/bin
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
-            backends/tpu/polyradix_tpu \
+            backends/tpu/polyradix_tpu backends/rocm/polyradix_rocm \
             conformance/polyradix_conformance
 SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
 NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
@@ -38,7 +38,7 @@ serve: .venv/served
 # Two at a time, the longest first; each one's output is shown when it has ended. Idle threads of torch must not spin.
 test: export OMP_WAIT_POLICY := passive
 test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-core/tested
-	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-core checks
+	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-rocm tests-core checks
 
 checks: .venv/tested
 	$(BIN)/ruff check .
@@ -69,6 +69,9 @@ tests: .venv/tested
 # Triton's interpreter is chosen when triton is imported, hence a process of its own.
 tests-triton: .venv/tested
 	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted
+
+tests-rocm: .venv/tested
+	$(call pytest,$(BIN)) backends/rocm/tests --ignore=backends/rocm/tests/gpu
 
 tests-tpu: export XLA_FLAGS := --xla_backend_optimization_level=0
 tests-tpu: .venv-tpu/tested
@@ -106,7 +109,7 @@ clean:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q -e core -e backends/cuda -e backends/tpu -e conformance -r ci/requirements-test.txt
+	$(BIN)/pip install -q -e core -e backends/cuda -e backends/rocm -e backends/tpu -e conformance -r ci/requirements-test.txt
 	touch $@
 
 .venv-core/tested: $(SETUP)

@@ -20,6 +20,7 @@ import torch
 from exact_interpreter import install
 
 import polyradix_cuda.backend
+import polyradix_torch.gpu
 from polyradix_torch.triton.capture import Graphs
 
 
@@ -115,7 +116,7 @@ def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         monkeypatch.setattr(torch.cuda, name, value)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
-    monkeypatch.setattr(polyradix_cuda.backend, "Graphs", Recorded)
+    monkeypatch.setattr(polyradix_torch.gpu, "Graphs", Recorded)
     return says
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import polyradix_cuda.backend
+import polyradix_torch.gpu
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.capabilities import DeviceLost
 from polyradix.backend.protocol import KVSpec, Limits, Params
@@ -21,7 +21,7 @@ from polyradix.schedule.params import SamplingParams
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.inputs import Part, Ragged
 from polyradix_conformance.runner import run_case
-from polyradix_cuda.backend import Decode
+from polyradix_torch.gpu import Decode
 from polyradix_torch.triton import prefix
 from polyradix_torch.triton.capture import Graphs
 from polyradix_torch.triton.ops import GpuMeta
@@ -242,7 +242,7 @@ def test_a_gpu_that_answers_no_more(gpu: SimpleNamespace, make: Any, monkeypatch
         raise RuntimeError("CUDA error: invalid configuration argument")
 
     run = Run(make())
-    monkeypatch.setattr(polyradix_cuda.backend, "upload", fails)
+    monkeypatch.setattr(polyradix_torch.gpu, "upload", fails)
     run.backend._capture = False
     with pytest.raises(DeviceLost):
         run.backend.prepare(batch)

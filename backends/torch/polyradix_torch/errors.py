@@ -1,10 +1,10 @@
-"""A GPU in trouble, in the contract's words."""
+"""A device in trouble, in the contract's words. `device` is torch.cuda, or another device's module with its names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 CALLS = ("pack", "alloc_kv", "prepare", "sample", "logprobs", "copy_pages", "export_pages", "import_pages", "fetch")
 
 
-def told(call: Callable[P, T]) -> Callable[P, T]:
-    """`call`, raising MemoryError when the GPU has no room and DeviceLost when it answers no more. A CUDA error that
+def told(device: Any, call: Callable[P, T]) -> Callable[P, T]:
+    """`call`, raising MemoryError when the device has no room and DeviceLost when it answers no more. An error that
     cannot be got over is told again by every later call."""
 
     @wraps(call)
@@ -27,7 +27,7 @@ def told(call: Callable[P, T]) -> Callable[P, T]:
             raise MemoryError(_first_line(error)) from error
         except RuntimeError as error:
             try:
-                torch.cuda.synchronize()
+                device.synchronize()
             except RuntimeError as again:
                 raise DeviceLost(_first_line(again)) from error
             raise
@@ -35,11 +35,15 @@ def told(call: Callable[P, T]) -> Callable[P, T]:
     return guarded
 
 
-def all_told(backend: type[T]) -> type[T]:
-    """Every call of the contract that uses the GPU."""
-    for name in CALLS:
-        setattr(backend, name, told(getattr(backend, name)))
-    return backend
+def all_told(device: Any) -> Callable[[type[T]], type[T]]:
+    """Every call of the contract that uses the device, of a class and of those it inherits from."""
+
+    def decorate(backend: type[T]) -> type[T]:
+        for name in CALLS:
+            setattr(backend, name, told(device, getattr(backend, name)))
+        return backend
+
+    return decorate
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,52 @@
+"""What is said of GPUs that are not there, wrong, or right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from polyradix.backend.registry import DeviceUnavailable, open_backend
+from polyradix_rocm import device, entry
+
+
+def test_import_and_probe_load_no_framework() -> None:
+    code = "import sys, polyradix_rocm as p; p.entry.probe(); print({'torch', 'triton'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "kfd")
+    assert (entry.probe().available, entry.probe().detail) == (False, f"no AMD driver ({tmp_path / 'kfd'})")
+    with pytest.raises(DeviceUnavailable, match="device 'rocm' cannot be used: no AMD driver"):
+        open_backend("rocm")
+    (tmp_path / "kfd").touch()
+    assert (entry.probe().available, entry.probe().rank) == (True, 20)
+    monkeypatch.setattr(device, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    assert (entry.probe().available, entry.probe().detail) == (False, "triton not installed")
+
+
+def fake(name: str, hip: str | None = "6.4") -> SimpleNamespace:
+    """torch, of one GPU."""
+    properties = SimpleNamespace(gcnArchName=name)
+    cuda = SimpleNamespace(get_device_properties=lambda index: properties)
+    return SimpleNamespace(__version__="2.11", version=SimpleNamespace(hip=hip), cuda=cuda)
+
+
+def test_arch() -> None:
+    assert device.arch_of(fake("gfx942:sramecc+:xnack-"), 0) == "gfx942"
+    assert device.arch_of(fake("gfx950"), 0) == "gfx950"
+    with pytest.raises(RuntimeError, match=r"GPU 1 is a gfx1100; expected one of: gfx942 \(MI300X, .*gfx950"):
+        device.arch_of(fake("gfx1100"), 1)
+    with pytest.raises(RuntimeError, match=r"torch 2\.11 is not built for ROCm: install one"):
+        device.arch_of(fake("gfx942", None), 0)
+
+
+def test_this_torch_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="is not built for ROCm"):
+        entry.create()

@@ -1,0 +1,167 @@
+"""The host side of TritonOps, and a Backend over torch.cuda, which is what torch calls any GPU that runs its kernels.
+
+A vendor package subclasses GpuBackend, decorates it with `all_told(torch.cuda)`, and overrides what it does better.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import Capabilities
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    Compiled,
+    HostArray,
+    KVSpec,
+    Limits,
+    Memory,
+    Ops,
+    Params,
+    ParamSpec,
+    Step,
+    Weight,
+)
+from polyradix_torch.backend import TorchBackend
+from polyradix_torch.errors import told
+from polyradix_torch.host import torch_dtype
+from polyradix_torch.pending import Pending
+from polyradix_torch.sample import sample
+from polyradix_torch.triton.attention import tile_rows
+from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
+from polyradix_torch.triton.moe import Router
+from polyradix_torch.triton.ops import GpuMeta
+from polyradix_torch.triton.rows import argmax, take_previous
+from polyradix_torch.triton.upload import upload
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A batch that was loaded for a graph."""
+
+    static: StaticBatch
+    seqs: int
+
+
+class TritonBackend(TorchBackend):
+    """Eager TritonOps on one device: the GPU, or a CPU with Triton's interpreter."""
+
+    splits = 4  # parts that an eager decode cuts keys into
+    _page, _dim = 16, (128, 2)  # of the cache made last: its page size; its head size and bytes of one value
+
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+        return weight
+
+    def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return Router.of(weight, bias)
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        self._page, self._dim = spec.page_size, (spec.head_dim, torch_dtype(spec.dtype).itemsize)
+        return super().alloc_kv(spec, pages)
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
+        batch.check_prev(prev)
+        meta, source = upload(batch, self._page, tile_rows(*self._dim), self.splits, torch.device(self.device))
+        if prev is not None:
+            take_previous(meta.tokens, source, prev)
+        return meta
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        with torch.inference_mode():
+            return sample(logits, batch, argmax)
+
+
+class GpuBackend(TritonBackend):
+    """GPU number `index`. Decode steps replay graphs if `capture`; steps with prefill run eagerly."""
+
+    def __init__(self, name: str, features: frozenset[str], ops: Ops, index: int, capture: bool) -> None:
+        device = torch.device("cuda", index)
+        self._device, self._capture = device, capture
+        self._limits: Limits | None = None
+        self._static: StaticBatch | None = None
+        properties = torch.cuda.get_device_properties(device)
+        self._still: int | None = None  # bytes that weights and cache take, without any step
+        self._processors = properties.multi_processor_count
+        caps = Capabilities(
+            name=name,
+            device=properties.name,
+            dtypes=frozenset({"bfloat16", "float32"}),
+            page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
+            max_head_dim=256,
+            head_dim_multiple=2,
+            features=features,
+            step_tokens=8192,
+            async_launch=True,
+            mem_fraction=0.9,
+            decode_sizes=tuple(sizes(1024)) if capture else (1,),
+            notes=(f"torch {torch.__version__}, decode {'captured' if capture else 'eager'}",),
+        )
+        super().__init__(caps, ops, str(device))
+
+    def memory(self) -> Memory:
+        """Free is what the driver has and what torch keeps unused, less what the steps since `alloc_kv` needed."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        steps = 0 if self._still is None else torch.cuda.max_memory_allocated(self._device) - self._still
+        return Memory(free=free + kept - steps, total=total)
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        kv = super().alloc_kv(spec, pages)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._still = torch.cuda.memory_allocated(self._device)
+        return kv
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
+        limits = self._limits
+        if not self._capture or limits is None or not batch.num_tokens == batch.num_seqs <= limits.max_seqs:
+            return super().prepare(batch, prev)
+        batch.check_prev(prev)
+        if self._static is None or (self._static.most, self._static.page) != (limits.max_seqs, self._page):
+            self._static = StaticBatch(limits, self._page, self._device)
+        self._static.load(batch)
+        if prev is not None:
+            tokens, source = (self._static.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
+            take_previous(tokens, source, prev)
+        return Decode(self._static, batch.num_seqs)
+
+    def compile(self, step: Step, limits: Limits) -> Compiled:
+        ops, self._limits = self.ops, limits
+        graphs = Graphs(step, ops, self._processors)
+
+        def run(params: Params, kv: KV, meta: Decode | GpuMeta) -> tuple[Array, KV]:
+            with torch.inference_mode():
+                if isinstance(meta, Decode):
+                    return graphs(params, kv, meta.static, meta.seqs), kv
+                return step(ops, params, kv, meta)[0], kv  # changed in place; graphs are of this very list
+
+        return told(torch.cuda, run)
+
+    def fetch(self, x: Array) -> Future[HostArray]:
+        with torch.inference_mode():
+            return Pending(x, torch.cuda)
+
+
+def use_gpu(index: int) -> None:
+    """Makes GPU `index` torch's own, with exact products. Raises RuntimeError or ValueError, saying what is wrong with
+    the GPU, its driver or the number."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} cannot use a GPU: {_why_not()}")
+    count = torch.cuda.device_count()
+    if not 0 <= index < count:
+        raise ValueError(f"index is {index}; expected 0 to {count - 1}")
+    torch.cuda.set_device(index)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _why_not() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error)
+    return "no reason given"
