@@ -117,6 +117,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**EXPERTS, "intermediate_size": 128, **theta(1000000.0)}),
     "qwen2": ("Qwen2", theta(1000000.0)),
     "qwen3": ("Qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3, **theta(1000000.0)}),
+    "qwen3-windows": (
+        "Qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 20,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **theta(1000000.0),
+        },
+    ),
     "qwen3-moe": (
         "Qwen3Moe",
         {

@@ -133,5 +133,5 @@ class Flow:
             out, kv = ops.attend(q, k, v, kv, m, spec)
             return ops.add(x, ops.linear_reduce(out, w["out"])), kv
 
-        x, kv = ops.layers(body, params.layers, ops.embed(params.top["x"], m), kv)
+        x, kv = ops.layers([body] * len(params.layers), params.layers, ops.embed(params.top["x"], m), kv)
         return ops.logits(ops.last(x, m), params.top["end"]), kv

@@ -111,7 +111,7 @@ class Rig:
                 q, first, second = fn(ops, x, p.top, m)
                 return ops.attend(q, first, second, kv, m, AttnSpec(heads, heads.dim**-0.5))
 
-            out, kv = ops.layers(body, p.layers, x, kv)
+            out, kv = ops.layers([body] * len(p.layers), p.layers, x, kv)
             return ops.logits(ops.last(ops.linear_reduce(out, p.top["o"]), m), p.top["end"]), kv
 
         part = Part(0, 0, len(x))

@@ -20,6 +20,7 @@ from polyradix_conformance.cases import all_cases
 from polyradix_conformance.inputs import Part
 from polyradix_conformance.oracle import _mix
 from polyradix_conformance.runner import run_case
+from polyradix_conformance.sabotage.attention import SpecKept
 from polyradix_conformance.tolerance import K
 
 FAMILIES = golden.families()
@@ -202,6 +203,7 @@ def broken(kind: type[Any]) -> Callable[[int], Any]:
     ("kind", "case", "unseen"),
     [
         (WindowOffByOne, "mistral/decode", "llama/decode"),
+        (SpecKept, "qwen3-windows/whole", "mistral/whole"),
         (NormOverAllHeads, "qwen3/whole", "qwen2/whole"),
         (SumNotPassedOn, "smollm/whole", "smollm/expanded"),
         (ReduceBiasLost, "llama-bias/whole", "qwen2/whole"),

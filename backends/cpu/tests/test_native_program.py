@@ -35,7 +35,7 @@ def step(ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
         return ops.add_rms_norm(ops.linear_reduce(g, w["down"]), h, w["norm"], 1e-5), kv
 
     h = ops.embed(top["embed"], m)
-    (x, _), kv = ops.layers(body, params.layers, (ops.rms_norm(h, top["norm"], 1e-5), h), kv)
+    (x, _), kv = ops.layers([body] * len(params.layers), params.layers, (ops.rms_norm(h, top["norm"], 1e-5), h), kv)
     return ops.logits(ops.last(x, m), top["logits"]), kv
 
 

@@ -3,6 +3,7 @@ in float32; everything else is float32 inside and rounded once."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -112,11 +113,10 @@ class JaxOps(Expansions):
         whole = part if w.axis is None else self._collectives.all_gather(part, 1)
         return whole[:, : w.rows]  # the last shards end with padding
 
-    def layers(
-        self, body: LayerBody, params: Sequence[Any], carry: Any, kv: Any, tail: LayerBody | None = None
-    ) -> tuple[Any, Any]:
-        """Unrolled; layers of the same shapes are traced once."""
-        return super().layers(jax.jit(body), params, carry, kv, tail)
+    def layers(self, bodies: Sequence[LayerBody], params: Sequence[Any], carry: Any, kv: Any) -> tuple[Any, Any]:
+        """Unrolled; layers of the same body and shapes are traced once."""
+        traced = {body: jax.jit(body) for body, uses in Counter(bodies).items() if uses > 1}
+        return super().layers([traced.get(body, body) for body in bodies], params, carry, kv)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""

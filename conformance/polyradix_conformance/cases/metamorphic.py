@@ -128,7 +128,7 @@ class Block:
             out = ops.linear_reduce(out, w["out"])
             return (ops.add(x, out) if self.shape.residual else out), kv
 
-        x, kv = ops.layers(body, params.layers, ops.embed(top["x"], m), kv)
+        x, kv = ops.layers([body] * len(params.layers), params.layers, ops.embed(top["x"], m), kv)
         return ops.logits(ops.last(x, m), top["head"]), kv
 
 
@@ -370,7 +370,7 @@ class Model:
             q, k, v = ops.qkv(x, p.top["heads"], HEADS)
             return ops.attend(q, k, v, kv, m, AttnSpec(HEADS, 0.125))
 
-        out, kv = ops.layers(body, p.layers, x, kv)
+        out, kv = ops.layers([body] * len(p.layers), p.layers, x, kv)
         return ops.logits(ops.last(out, m), p.top["end"]), kv
 
 

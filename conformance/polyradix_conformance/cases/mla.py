@@ -135,7 +135,7 @@ class Stream:
             out, kv = ops.attend_latent(q, c, kv, m, LatentWeights(top["norm"], top["up"], top["table"]), spec)
             return ops.linear_reduce(out, top["out"]), kv
 
-        out, kv = ops.layers(body, params.layers, ops.linear(x, top["zero"]), kv)
+        out, kv = ops.layers([body] * len(params.layers), params.layers, ops.linear(x, top["zero"]), kv)
         return ops.logits(ops.last(out, m), top["end"]), kv
 
 

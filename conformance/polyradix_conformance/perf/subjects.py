@@ -80,7 +80,7 @@ class Stack:
             def layer(w: Any, carry: Any, kv: Any) -> tuple[Any, Any]:
                 return body(ops, p.top, w, carry, kv, m)
 
-            carry, kv = ops.layers(layer, p.layers, self._enter(ops, p.top, m), kv)
+            carry, kv = ops.layers([layer] * len(p.layers), p.layers, self._enter(ops, p.top, m), kv)
             return ops.logits(ops.last(self._leave(ops, carry), m), p.top["out"]), kv
 
         return Program(self.rig, step, Params(self.top, each), self.shape, heads, caches)

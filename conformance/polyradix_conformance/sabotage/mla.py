@@ -181,9 +181,9 @@ class LatentOwnRowLate(NumpyOps):
 class LatentFirstLayersRows(NumpyOps):
     """Every layer writes into the cache of the first."""
 
-    def layers(self, body: Any, params: Any, carry: Any, kv: Any, tail: Any = None) -> Any:
+    def layers(self, bodies: Any, params: Any, carry: Any, kv: Any) -> Any:
         latent = len(kv) > 1 and len(kv[0]) == 1
-        carry, out = super().layers(body, params, carry, [kv[0]] * len(kv) if latent else kv, tail)
+        carry, out = super().layers(bodies, params, carry, [kv[0]] * len(kv) if latent else kv)
         return carry, kv if latent else out
 
 

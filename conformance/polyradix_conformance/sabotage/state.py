@@ -266,6 +266,6 @@ class CacheShared(NumpyBackend):
 class LayersShared(NumpyOps):
     """Every layer writes and reads the cache of the first."""
 
-    def layers(self, body: Any, params: Any, carry: Any, kv: Any, tail: Any = None) -> Any:
-        carry, out = super().layers(body, params, carry, [kv[0]] * len(kv), tail)
+    def layers(self, bodies: Any, params: Any, carry: Any, kv: Any) -> Any:
+        carry, out = super().layers(bodies, params, carry, [kv[0]] * len(kv))
         return carry, [out[0], *kv[1:]]

@@ -47,12 +47,11 @@ class Expansions:
         raise Unsupported("mla")
 
     def layers(
-        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+        self, bodies: Sequence[LayerBody], params: Sequence[dict[str, Weight]], carry: Any, kv: KV
     ) -> tuple[Any, KV]:
         out: list[KV] = []
-        for layer, layer_kv in zip(params, kv, strict=True):
-            each = tail if tail and len(out) + 1 == len(params) else body
-            carry, layer_kv = each(layer, carry, layer_kv)
+        for body, layer, layer_kv in zip(bodies, params, kv, strict=True):
+            carry, layer_kv = body(layer, carry, layer_kv)
             out.append(layer_kv)
         return carry, out
 

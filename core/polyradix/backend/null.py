@@ -97,7 +97,7 @@ class NullOps(Expansions):
         return x
 
     def layers(
-        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+        self, bodies: Sequence[LayerBody], params: Sequence[dict[str, Weight]], carry: Any, kv: KV
     ) -> tuple[Any, KV]:
         return carry, kv
 

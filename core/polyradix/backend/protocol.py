@@ -270,8 +270,10 @@ class Ops(Protocol):
     def moe(self, x: Array, w: MoeWeights, s: MoeSpec) -> Array: ...  # [T,H] -> [T,H]
     def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
     def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
-    def layers(  # body for one layer after the other, and tail, if there is one, instead of it for the last
-        self, body: LayerBody, params: Sequence[dict[str, Weight]], carry: Any, kv: KV, tail: LayerBody | None = None
+    # One layer after the other, bodies[i] for layer i. Where two layers have the same body and parameters of the same
+    # names and shapes, a compiler may trace one for both.
+    def layers(
+        self, bodies: Sequence[LayerBody], params: Sequence[dict[str, Weight]], carry: Any, kv: KV
     ) -> tuple[Any, KV]: ...
 
     # Fused verbs: each has an expansion in backend/expand.py, which a backend inherits until its own is faster.

@@ -11,6 +11,7 @@ from polyradix.backend.protocol import (
     Array,
     AttnSpec,
     DType,
+    LayerBody,
     Meta,
     Ops,
     Params,
@@ -131,22 +132,19 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def make_step(spec: ModelSpec) -> Step:
     """The graph. The carry is (x, h): x is h already normed for whoever comes next, so norms fuse with additions."""
     heads, eps = spec.heads, spec.rms_eps
-    attn = AttnSpec(heads, heads.dim**-0.5, spec.window)
+    kinds = [AttnSpec(heads, heads.dim**-0.5, spec.window if i in spec.windowed else None) for i in range(spec.layers)]
 
     def step(ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
         top = params.top
 
-        def mix(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[Array, Array, KV]:
-            x, h = carry
+        def mix(x: Array, w: dict[str, Weight], kv: KV, a: AttnSpec) -> tuple[Array, KV]:
             if spec.latent is not None:
-                a, kv = mla.attend(ops, x, top["rope"], w, kv, m, spec.latent)
-                return a, h, kv
+                return mla.attend(ops, x, top["rope"], w, kv, m, spec.latent)
             q, k, v = ops.qkv(x, w["qkv"], heads)
             if spec.qk_norm:
                 q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)
             q, k = ops.rope(q, k, top["rope"], m)
-            a, kv = ops.attend(q, k, v, kv, m, attn)
-            return a, h, kv
+            return ops.attend(q, k, v, kv, m, a)
 
         def feed(w: dict[str, Weight], a: Array, h: Array) -> tuple[Array, Array]:
             x, h = ops.add_rms_norm(ops.linear_reduce(a, w["o"]), h, w["mlp_norm"], eps)
@@ -156,16 +154,20 @@ def make_step(spec: ModelSpec) -> Step:
                 y = ops.linear_reduce(ops.linear_gated(x, w["gate_up"], "silu"), w["down"])
             return ops.add_rms_norm(y, h, w["next_norm"], eps)
 
-        def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
-            a, h, kv = mix(w, carry, kv)
-            return feed(w, a, h), kv
+        def layer(a: AttnSpec, last: bool = False) -> LayerBody:
+            def body(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
+                x, h = carry
+                x, kv = mix(x, w, kv, a)
+                if last:  # nobody asks for the other rows any more
+                    x, h = ops.last(x, m), ops.last(h, m)
+                return feed(w, x, h), kv
 
-        def tail(w: dict[str, Weight], carry: tuple[Array, Array], kv: KV) -> tuple[tuple[Array, Array], KV]:
-            a, h, kv = mix(w, carry, kv)
-            return feed(w, ops.last(a, m), ops.last(h, m)), kv  # nobody asks for the other rows any more
+            return body
 
+        each = {a: layer(a) for a in kinds}
+        bodies = [*(each[a] for a in kinds[:-1]), layer(kinds[-1], last=True)]
         h = ops.embed(top["embed"], m)
-        (x, _), kv = ops.layers(body, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv, tail)
+        (x, _), kv = ops.layers(bodies, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv)
         return ops.logits(x, top["logits"]), kv
 
     return step

@@ -14,6 +14,7 @@ from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
 from polyradix.graph.rope import Rope, read_rope
+from polyradix.graph.windows import read_windows
 
 ARCHITECTURES = (
     *deepseek.ARCHITECTURES,
@@ -46,7 +47,8 @@ class ModelSpec:
     mlp_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = False
-    window: int | None = None  # keys a query sees, itself included; the same in every layer
+    window: int | None = None  # keys a query sees, itself included, in the layers of `windowed`
+    windowed: frozenset[int] = frozenset()
     eos_ids: tuple[int, ...] = ()
     dtype: DType = "bfloat16"  # of the published weights; float16 becomes bfloat16
     experts: Experts | None = None
@@ -71,6 +73,7 @@ class ModelSpec:
         attention_bias = c.get("attention_bias", bool, False)
         layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
         rope = read_rope(c, max_position, dim)
+        window, windowed = read_windows(c, architecture, layers)
         return ModelSpec(
             architecture=architecture,
             layers=layers,
@@ -86,7 +89,8 @@ class ModelSpec:
             mlp_bias=c.get("mlp_bias", bool, False),
             qk_norm=qwen3,
             tie_embeddings=c.get("tie_word_embeddings", bool, False),
-            window=_window(c, architecture, layers),
+            window=window,
+            windowed=windowed,
             eos_ids=eos_ids(config, generation_config or {}),
             dtype=_dtype(c),
             experts=_experts(c, architecture, layers),
@@ -164,28 +168,6 @@ def _refuse_unknown_parts(c: Config) -> None:
         raise c.wrong("hidden_act", "'silu'")
     if c.values.get("quantization_config"):
         raise c.wrong("quantization_config", "none: float32, float16 or bfloat16 weights, or a GGUF file")
-
-
-def _window(c: Config, architecture: str, layers: int) -> int | None:
-    if architecture == "LlamaForCausalLM":
-        return None
-    mistral, qwen3_moe = architecture.startswith("Mi"), architecture == "Qwen3MoeForCausalLM"
-    if not mistral and not c.get("use_sliding_window", bool, False):
-        return None
-    if c.values.get("sliding_window") is None:
-        return None
-    window = c.count("sliding_window")
-    if mistral or qwen3_moe:
-        return window
-    types = c.values.get("layer_types")
-    if types is None:
-        first = c.get("max_window_layers", int, 28)
-        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers:
-        raise c.wrong("layer_types", f"a list of {layers}")
-    if len(set(types)) > 1:
-        raise ModelError(f"model config: sliding_window {window} holds in some layers only; expected all or none")
-    return window if types[0] == "sliding_attention" else None
 
 
 def _experts(c: Config, architecture: str, layers: int) -> Experts | None:

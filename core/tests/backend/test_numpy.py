@@ -59,7 +59,9 @@ class Tiny:
             return (ops.linear_reduce(ops.linear_gated(y, w["up"], "silu"), w["down"]), residual), kv
 
         x = ops.embed(w["embed"], m)
-        (x, residual), kv = ops.layers(body, params.layers, (ops.rms_norm(x, w["norm"], 1e-5), x), kv)
+        (x, residual), kv = ops.layers(
+            [body] * len(params.layers), params.layers, (ops.rms_norm(x, w["norm"], 1e-5), x), kv
+        )
         return ops.logits(ops.last(ops.add(x, residual), m), w["head"]), kv
 
     def launch(self, batch: HostBatch, prev: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -75,23 +76,28 @@ def test_biases_and_norms() -> None:
     assert family("Qwen3").needs("float32").features == {"qk_norm"}
 
 
+SWITCHED = {"sliding_window": 32, "use_sliding_window": True}
+
+
 @pytest.mark.parametrize(
     ("name", "given", "want"),
     [
-        ("Mistral", {"sliding_window": 32}, 32),
-        ("Mistral", {"sliding_window": None}, None),
-        ("Mistral", {}, None),
-        ("Llama", {"sliding_window": 32}, None),
-        ("Qwen2", {"sliding_window": 32, "use_sliding_window": False, "max_window_layers": 0}, None),
-        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 0}, 32),
-        ("Qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
-        ("Qwen3", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, 32),
+        ("Mistral", {"sliding_window": 32}, {0, 1}),
+        ("Mistral", {"sliding_window": None}, {}),
+        ("Mistral", {}, {}),
+        ("Llama", {"sliding_window": 32}, {}),
+        ("Qwen2", {**SWITCHED, "use_sliding_window": False, "max_window_layers": 0}, {}),
+        ("Qwen2", {**SWITCHED, "max_window_layers": 0}, {0, 1}),
+        ("Qwen2", {**SWITCHED, "max_window_layers": 1}, {1}),
+        ("Qwen2", {**SWITCHED, "max_window_layers": 2}, {}),
+        ("Qwen3", {**SWITCHED, "layer_types": ["sliding_attention"] * 2, "max_window_layers": 2}, {0, 1}),
+        ("Qwen3", {**SWITCHED, "layer_types": ["sliding_attention", "full_attention"]}, {0}),
     ],
 )
-def test_windows(name: str, given: dict[str, Any], want: int | None) -> None:
+def test_windows(name: str, given: dict[str, Any], want: Collection[int]) -> None:
     got = family(name, **given)
-    assert got.window == want
-    assert ("window" in got.needs("float32").features) == (want is not None)
+    assert (got.window, got.windowed) == (32 if want else None, frozenset(want))
+    assert ("window" in got.needs("float32").features) == bool(want)
 
 
 def test_eos_ids_are_joined() -> None:
@@ -155,8 +161,7 @@ def test_mistakes_name_the_field(given: dict[str, Any], said: str) -> None:
         spec(**given)
 
 
-def test_mixed_windows_are_refused() -> None:
-    with pytest.raises(ModelError, match="sliding_window 8 holds in some layers only"):
-        family("Qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=1)
-    with pytest.raises(ModelError, match="layer_types is"):
-        family("Qwen3", sliding_window=8, use_sliding_window=True, layer_types=["sliding_attention"])
+@pytest.mark.parametrize("types", [["sliding_attention"], ["full_attention", "chunked_attention"], "full", [[], []]])
+def test_layer_types_of_another_shape(types: Any) -> None:
+    with pytest.raises(ModelError, match=r"layer_types is .*; expected a list of 2, each 'sliding_attention' or"):
+        family("Qwen3", **SWITCHED, layer_types=types)

@@ -1,0 +1,32 @@
+"""Which layers see the newest keys alone, from any spelling of a config."""
+
+from __future__ import annotations
+
+from polyradix.graph.config import Config
+
+_EVERYWHERE = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
+_SWITCHED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # by use_sliding_window
+_TYPES = ("sliding_attention", "full_attention")
+
+
+def read_windows(c: Config, architecture: str, layers: int) -> tuple[int | None, frozenset[int]]:
+    """How many keys a query sees, itself included, and in which layers."""
+    if architecture not in {*_EVERYWHERE, *_SWITCHED} or c.values.get("sliding_window") is None:
+        return None, frozenset()
+    if architecture in _SWITCHED and not c.get("use_sliding_window", bool, False):
+        return None, frozenset()
+    window = c.count("sliding_window")
+    if architecture in _EVERYWHERE:
+        return window, frozenset(range(layers))
+    if c.values.get("layer_types") is not None:
+        some = _typed(c, layers)
+    else:
+        some = frozenset(range(c.get("max_window_layers", int, 28), layers))
+    return (window, some) if some else (None, some)
+
+
+def _typed(c: Config, layers: int) -> frozenset[int]:
+    types = c.values["layer_types"]
+    if not isinstance(types, list) or len(types) != layers or not all(t in _TYPES for t in types):
+        raise c.wrong("layer_types", f"a list of {layers}, each {' or '.join(map(repr, _TYPES))}")
+    return frozenset(i for i, t in enumerate(types) if t == _TYPES[0])
