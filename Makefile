@@ -68,7 +68,7 @@ tests: .venv/tested
 
 # Triton's interpreter is chosen when triton is imported, hence a process of its own.
 tests-triton: .venv/tested
-	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted
+	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted backends/cuda/tests/aot
 
 tests-rocm: .venv/tested
 	$(call pytest,$(BIN)) backends/rocm/tests --ignore=backends/rocm/tests/gpu

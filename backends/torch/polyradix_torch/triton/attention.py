@@ -386,10 +386,9 @@ MUCH = 200 << 10
 @cache
 def _shared(device: torch.device) -> int:
     """Bytes of shared memory that one block may have."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return MUCH
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def _padded(dim: int) -> int:

@@ -1,4 +1,4 @@
-"""One kernel for every gate of aot.py, which must not let it through."""
+"""One kernel for every gate of ahead-of-time compilation, which must not let it through."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 import triton
 import triton.language as tl
-from aot import Launch
+
+from polyradix_torch.triton.launches import Launch
 
 
 @triton.jit
@@ -38,9 +39,3 @@ def too_large() -> Iterator[Launch]:
     """Two operands of 64 KiB."""
     half = torch.bfloat16
     yield "too large", lambda: _product[(1,)](_empty(half), _empty(half), _empty(), 64, 512, 512, num_warps=4)
-
-
-def refused() -> Iterator[Launch]:
-    """A product of shapes that do not fit."""
-    yield "fine", lambda: _softmax[(1,)](_empty(), _empty(), 16)
-    yield "refused", lambda: _product[(1,)](_empty(), _empty(), _empty(), 64, 64, 32)

@@ -1,0 +1,116 @@
+"""Every kernel as serving launches it, on tensors without memory: Llama-like shapes in bfloat16, DeepSeek-V2-Lite's
+experts, and what float32 conformance adds, the widest heads. For aot.py, by groups: a chip need not have them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from polyradix.backend.protocol import AttnSpec, Heads, MoeSpec, MoeWeights
+from polyradix_torch.triton import attention, moe, rows, skinny
+from polyradix_torch.triton.skinny import Tile
+
+BF16, F32 = torch.bfloat16, torch.float32
+Launch = tuple[str, Callable[[], Any]]
+
+
+def every() -> Iterator[Launch]:
+    yield from of_rows()
+    yield from of_products()
+    yield from of_descriptors()
+    yield from of_attention()
+    yield from of_experts()
+
+
+def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def of_rows() -> Iterator[Launch]:
+    x, cache = empty(64, 4096), (empty(256, 16, 8, 128), empty(256, 16, 8, 128))
+    q, k, v = empty(64, 48, 128).split([32, 8, 8], dim=1)
+    weight, table = empty(4096, dtype=F32), empty(8192, 128, dtype=F32)
+    yield "width 4096", lambda: rows.rms_norm(x, weight, 1e-5)
+    yield "width 4096", lambda: rows.add_rms_norm(x, x, weight, 1e-5)
+    yield "width 16384", lambda: rows.rms_norm(empty(64, 16384), empty(16384, dtype=F32), 1e-5)
+    yield "D128", lambda: rows.rope(q, k, table, integers(64))
+    yield "8xD128", lambda: rows.write(k, v, cache, integers(64))
+    yield "width 14336", lambda: rows.gated(empty(64, 28672))
+    yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=F32))
+    yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
+
+
+def of_products() -> Iterator[Launch]:
+    lanes, units = Tile(4, 1024, 4, 1, splits=2, ahead=256), Tile(64, 128, 4, 4, splits=4, dot=True)
+    pipelined = Tile(4, 512, 4, 4)
+    for kind in ("linear", "gated", "logits"):
+        for count, tile in ((1, lanes), (1, pipelined), (2, pipelined), (4, Tile(4, 512, 4, 1)), (16, units)):
+            yield product(kind, count, tile)
+    for kind, count in (("linear", 64), ("gated", 128)):
+        yield product(kind, count, Tile(64, 64, 4, 3, splits=2, dot=True))
+
+
+def of_descriptors() -> Iterator[Launch]:
+    """Products that read through tensor descriptors."""
+    tile = Tile(128, 64, 8, 3, dot=True, tokens=64)
+    yield product("linear", 256, tile)
+    yield product("gated", 8192, tile)
+    yield product("linear", 64, Tile(128, 64, 8, 3, splits=2, dot=True, tokens=64))
+
+
+def product(kind: Any, count: int, tile: Tile) -> Launch:
+    given = empty(count, 4096), empty(8192, 4096), None, tile, kind
+    return f"{kind} M{count} {tile.rows}x{tile.columns}", partial(skinny.product, *given)
+
+
+def of_attention() -> Iterator[Launch]:
+    for dtype, dim, group, softcap in (
+        (BF16, 64, 8, None),
+        (BF16, 128, 4, None),
+        (BF16, 256, 4, 50.0),  # as the models with such heads have it
+        (F32, 256, 2, None),
+    ):
+        for splits in (0, 8):
+            yield attend(dtype, dim, group, splits, softcap)
+        yield attend(dtype, dim, group, 1, softcap, shared=True)
+    yield attend(BF16, 128, 4, 1)
+    yield attend(BF16, 128, 8, 8)
+
+
+def attend(
+    dtype: torch.dtype, dim: int, group: int, splits: int, softcap: float | None = None, shared: bool = False
+) -> Launch:
+    """A decode of 64 sequences when `splits` is given, else a prefill; some of its keys are shared if so said."""
+    heads = Heads(8 * group, 8, dim)
+    q, k, v = empty(512, heads.q + 2 * heads.kv, dim, dtype=dtype).split([heads.q, heads.kv, heads.kv], dim=1)
+    cache = empty(256, 16, heads.kv, dim, dtype=dtype)
+    single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
+    plan = attention.Shared(integers(64), integers(64), integers(64), integers(32, 5)) if shared else None
+    at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles, plan)
+    what = "shared" if shared else f"splits {splits}" if splits else "prefill"
+    spec = AttnSpec(heads, dim**-0.5, None, softcap)
+    return f"D{dim} G{group} {_name(dtype)} {what}", lambda: attention.attend(q, k, v, (cache, cache), at, spec)
+
+
+def of_experts() -> Iterator[Launch]:
+    for dtype, tokens in ((BF16, 4), (BF16, 200), (BF16, 512), (BF16, 8192), (F32, 64)):
+        yield f"64 experts M{tokens} {_name(dtype)}", experts(dtype, tokens)
+
+
+def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
+    """DeepSeek-V2-Lite's widths, the groups and the bias of DeepSeek-V3."""
+    router = moe.Router(empty(3, 64, 2048), empty(64, dtype=F32))
+    weights = MoeWeights(router, empty(64, 2 * 1408, 2048, dtype=dtype), empty(64, 2048, 1408, dtype=dtype))
+    spec = MoeSpec(64, 6, "sigmoid", True, 2.5, groups=8, top_groups=4, group_best=2)
+    return lambda: moe.moe(empty(tokens, 2048, dtype=dtype), weights, spec)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
