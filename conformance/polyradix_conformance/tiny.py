@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from polyradix.backend.protocol import Backend, Heads, HostArray, Params, ParamSpec
+from polyradix.backend.protocol import Backend, Heads, HostArray, ParamPart, Params, ParamSpec
 from polyradix.graph.dense import param_specs
 from polyradix.graph.rope import Rope
 from polyradix.graph.spec import ModelSpec
@@ -64,7 +64,7 @@ def packed(name: str, dtype: str, backend: Backend) -> Params:
     table, (top, layers) = param_specs(MODELS[name], dtype), weights(name, dtype)  # type: ignore[arg-type]
 
     def pack(p: ParamSpec, held: Values) -> Any:
-        def read(part: Literal["weight", "bias"] = "weight") -> HostArray:
+        def read(part: ParamPart = "weight") -> HostArray:
             out: HostArray = held[p.name][part].astype(HOST[p.dtype])
             return out
 

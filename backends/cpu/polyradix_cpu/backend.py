@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -27,6 +27,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
+from polyradix.backend.quant import check_quant
 from polyradix_cpu import host, ipex, native
 from polyradix_cpu.linear import PackedLinear, native_bf16
 from polyradix_torch import TorchBackend, TorchOps, done, to_numpy, torch_dtype
@@ -47,7 +48,7 @@ class TorchCPUBackend(TorchBackend):
             notes.append("bfloat16 weights are kept as float32: this processor does not multiply bfloat16 itself")
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
-        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES)
+        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES | QUANTS)
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:
@@ -72,6 +73,7 @@ class NativeBackend(TorchBackend):
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         torch_dtype(spec.dtype)
+        check_quant(spec, self.caps)
         return native.pack(spec, read)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

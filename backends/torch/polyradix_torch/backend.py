@@ -30,10 +30,12 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
+from polyradix.backend.quant import check_quant
 from polyradix.backend.sampling import sample_host
 from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
 from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
+from polyradix_torch.quant import Codes, QuantLinear
 
 
 class TorchBackend(ABC):
@@ -56,15 +58,26 @@ class TorchBackend(ABC):
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router(self._linear(spec, weight, None), bias)
 
+    def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
+        def of(codes: Codes) -> QuantLinear:
+            return QuantLinear(codes, torch_dtype(spec.dtype), lambda weight: self._linear(spec, weight, bias))
+
+        return [of(codes[e]) for e in range(len(codes.codes))] if spec.kind == "experts" else of(codes)
+
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         torch_dtype(spec.dtype)
+        check_quant(spec, self.caps)
         weight = to_torch(read(), self.device)
+        bias = to_torch(read("bias"), self.device) if spec.bias else None
+        if spec.quant is not None:
+            zero = to_torch(read("zero"), self.device) if spec.quant.format == "int4" else None
+            return self._quantised(spec, Codes(spec.quant, weight, to_torch(read("scale"), self.device), zero), bias)
         if spec.kind in ("linear", "linear_reduce", "logits"):
-            return self._linear(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
+            return self._linear(spec, weight, bias)
         if spec.kind == "experts":
             return self._experts(spec, weight)
         if spec.kind == "router":
-            return self._router(spec, weight, to_torch(read("bias"), self.device) if spec.bias else None)
+            return self._router(spec, weight, bias)
         return weight.float() if spec.kind in ("norm", "latent_up") else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

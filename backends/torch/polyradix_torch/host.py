@@ -1,4 +1,4 @@
-"""Between NumPy and torch, bfloat16 included (ml_dtypes' on the NumPy side)."""
+"""Between NumPy and torch, bfloat16 and float8 included (ml_dtypes' on the NumPy side)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import HostArray
 
 T = TypeVar("T")
+_VIEWS: dict[Any, tuple[Any, torch.dtype]] = {
+    np.dtype(ml_dtypes.bfloat16): (np.int16, torch.bfloat16),
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
+}
 
 
 def torch_dtype(name: str) -> Any:
@@ -25,8 +29,9 @@ def torch_dtype(name: str) -> Any:
 def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
     """A copy on `device` that shares no memory with `x`, of the same shape and dtype."""
     own = np.array(x, order="C") if device == "cpu" else np.ascontiguousarray(x)
-    if own.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(own.view(np.int16)).view(torch.bfloat16).to(device)
+    if own.dtype in _VIEWS:
+        bits, dtype = _VIEWS[own.dtype]
+        return torch.from_numpy(own.view(bits)).view(dtype).to(device)
     return torch.from_numpy(own).to(device)
 
 

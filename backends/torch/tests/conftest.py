@@ -5,14 +5,16 @@ import pytest
 import torch
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities
+from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
 from polyradix.backend.protocol import Memory
 from polyradix_torch import TorchBackend, TorchOps
 
 
 class PlainBackend(TorchBackend):
     def __init__(self) -> None:
-        caps = Capabilities("plain", "test", frozenset({"float32", "bfloat16"}), (4, 16), 256, features=FEATURES)
+        caps = Capabilities(
+            "plain", "test", frozenset({"float32", "bfloat16"}), (4, 16), 256, features=FEATURES | QUANTS
+        )
         super().__init__(caps, TorchOps(), "cpu")
 
     def memory(self) -> Memory:

@@ -35,6 +35,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
+from polyradix.backend.quant import check_quant
 from polyradix.backend.shard import check_kv, check_param
 from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
@@ -114,6 +115,7 @@ class TPUBackend:
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         dtype = _dtype(spec.dtype, f"parameter {spec.name}")
         check_param(spec, self._mesh.size)
+        check_quant(spec, self.caps)
         value, bias = read(), read("bias") if spec.bias else None
         if value.shape != spec.shape:
             raise ValueError(f"parameter {spec.name} has shape {value.shape}; expected {spec.shape}")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import Heads, HostArray, KVSpec, ParamSpec
+from polyradix.backend.protocol import Heads, HostArray, KVSpec, ParamPart, ParamSpec
 from polyradix.graph.dense import make_step
 from polyradix_conformance import oracle, tiny
 from polyradix_conformance import oracle_collectives as talk
@@ -208,7 +208,7 @@ def imported(rig: Rig) -> None:
 def declined(rig: Rig) -> None:
     """What cannot be split evenly is refused before it is read."""
 
-    def never(part: Literal["weight", "bias"] = "weight") -> HostArray:
+    def never(part: ParamPart = "weight") -> HostArray:
         raise Mismatch("a parameter that cannot be split was read; expected an error before")
 
     dtype, n = rig.dtype, rig.ranks

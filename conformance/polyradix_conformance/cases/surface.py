@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from polyradix.backend.capabilities import FEATURES, Unsupported
-from polyradix.backend.protocol import Heads, HostArray, KVSpec, Memory, ParamSpec
+from polyradix.backend.capabilities import FEATURES, QUANTS, Unsupported
+from polyradix.backend.protocol import Heads, HostArray, KVSpec, Memory, ParamPart, ParamSpec
 from polyradix.backend.registry import check_drift
 from polyradix_conformance.cases import case
 from polyradix_conformance.cases.sampling import VOCAB, Sampler, greedy_batch
@@ -27,7 +27,7 @@ def capabilities(rig: Rig) -> None:
         ("page_sizes", caps.page_sizes, bool(caps.page_sizes) and min(caps.page_sizes) > 0, "positive sizes"),
         ("max_head_dim", caps.max_head_dim, caps.max_head_dim >= 64, "at least 64"),
         ("head_dim_multiple", caps.head_dim_multiple, 64 % caps.head_dim_multiple == 0, "a divisor of 64"),
-        ("features", caps.features, caps.features <= FEATURES, f"some of {sorted(FEATURES)}"),
+        ("features", caps.features, caps.features <= FEATURES | QUANTS, f"some of {sorted(FEATURES | QUANTS)}"),
         ("step_tokens", caps.step_tokens, caps.step_tokens > 0, "a positive count"),
     )
     for name, value, good, expected in rules:
@@ -68,7 +68,7 @@ def results(rig: Rig) -> None:
 def declined(rig: Rig) -> None:
     """What no capability offers raises Unsupported."""
 
-    def ones(part: Literal["weight", "bias"] = "weight") -> HostArray:
+    def ones(part: ParamPart = "weight") -> HostArray:
         return np.ones((64, 64), np.float16)
 
     half: Any = "float16"

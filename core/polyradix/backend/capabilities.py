@@ -24,6 +24,7 @@ class DeviceLost(RuntimeError):
 
 
 FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe", "mla"})
+QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, Protocol, TypeAlias
 
 import ml_dtypes
@@ -45,6 +46,35 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up"]
+ParamPart = Literal["weight", "bias", "scale", "zero"]
+
+
+@dataclass(frozen=True)
+class Quant:
+    """A weight [..., out, in] kept as its checkpoint has it: a code for each value, and for each block of `block` rows
+    and columns a scale float32 [..., blocks down, blocks across], where the last blocks may be cut off.
+
+        weight[i, j] = (code[i, j] - zero[i // rows, j // columns]) * scale[i // rows, j // columns]
+
+    Codes of `fp8` are float8_e4m3fn of the weight's shape, and there is no zero. Those of `int4` are 0 to 15, uint8
+    [..., out, in / 2] with the even column in the low nibble; zero is uint8, of scale's shape, and columns is even.
+
+    A verb multiplies by this weight, in float32 or rounded to the spec's dtype. Activations stay in the spec's dtype.
+    """
+
+    format: Literal["fp8", "int4"]
+    block: tuple[int, int]
+
+    @property
+    def feature(self) -> str:
+        """What a backend claims that keeps such weights. For others the core dequantises before `pack`."""
+        return f"quant_{self.format}"
+
+    def bytes(self, shape: tuple[int, ...]) -> int:
+        """Of codes, scales and zeros."""
+        (*outer, out, width), (rows, columns) = shape, self.block
+        blocks = -(-out // rows) * -(-width // columns)
+        return prod(outer) * (out * width // 2 + 5 * blocks if self.format == "int4" else out * width + 4 * blocks)
 
 
 @dataclass(frozen=True)
@@ -60,6 +90,8 @@ class ParamSpec:
     [experts, H] float32, replicated; its bias is the selection bias of MoeSpec. latent_up is [heads, nope + v, R], see
     LatentSpec; its heads are sharded as experts are.
     backend/shard.py does the splitting, for backends that want it.
+    `quant`, of linear, linear_reduce and experts, says that the Reader gives codes, scales and zeros. Segments, and
+    ranks' shards, are whole blocks.
     """
 
     name: str
@@ -69,12 +101,21 @@ class ParamSpec:
     segments: tuple[int, ...] = ()
     shard_axis: int | None = None
     bias: bool = False
+    quant: Quant | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight, without bias."""
+        if self.quant is not None:
+            return self.quant.bytes(self.shape)
+        return prod(self.shape) * HOST_DTYPES[self.dtype].itemsize
 
 
 class Reader(Protocol):
-    """Gives the host values of one parameter, in its spec's shape and dtype (bfloat16 is ml_dtypes')."""
+    """Gives the host values of one parameter, in its spec's shape and dtype (bfloat16 is ml_dtypes'), or as its Quant
+    says; `scale` and `zero` only with one."""
 
-    def __call__(self, part: Literal["weight", "bias"] = "weight") -> HostArray: ...
+    def __call__(self, part: ParamPart = "weight") -> HostArray: ...
 
 
 @dataclass(frozen=True)

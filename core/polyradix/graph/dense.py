@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 
 from polyradix.backend.protocol import (
-    HOST_DTYPES,
     KV,
     Array,
     AttnSpec,
@@ -32,10 +31,8 @@ class ParamTable:
 
     def bytes(self, tp: int) -> int:
         """Of the weights, without biases, on each of `tp` ranks; a backend's padding comes on top."""
-        sizes = (
-            (prod(p.shape) * HOST_DTYPES[p.dtype].itemsize, p) for group in (self.top, *self.layers) for p in group
-        )
-        return sum(size if p.shard_axis is None else size // tp for size, p in sizes)
+        each = (p for group in (self.top, *self.layers) for p in group)
+        return sum(p.bytes if p.shard_axis is None else p.bytes // tp for p in each)
 
 
 def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -> ParamTable:

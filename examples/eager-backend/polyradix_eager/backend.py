@@ -26,6 +26,7 @@ from polyradix.backend.protocol import (
     Reader,
     Step,
 )
+from polyradix.backend.quant import check_quant
 from polyradix.backend.sampling import sample_host
 from torch import Tensor
 
@@ -63,6 +64,7 @@ class EagerBackend:
         """Into the backend's own layout, placed on the device."""
         if spec.dtype not in DTYPES:
             raise Unsupported(f"dtype {spec.dtype}", f"parameter {spec.name}; expected one of {sorted(DTYPES)}")
+        check_quant(spec, self.caps)
         return Packed(self._upload(read()), self._upload(read("bias")) if spec.bias else None)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

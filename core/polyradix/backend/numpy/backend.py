@@ -12,7 +12,7 @@ import numpy as np
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.launch import Launcher
 from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
@@ -32,6 +32,7 @@ from polyradix.backend.protocol import (
     Reader,
     Step,
 )
+from polyradix.backend.quant import dequantise
 from polyradix.backend.sampling import sample_host
 
 MAX_TP = 8
@@ -61,7 +62,7 @@ class NumpyBackend:
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
             head_dim_multiple=2,
-            features=FEATURES,
+            features=FEATURES | QUANTS,
             batch_invariant=True,
             async_launch=async_launch,
             max_tp=MAX_TP,
@@ -77,7 +78,8 @@ class NumpyBackend:
         if spec.dtype not in HOST_DTYPES:
             raise Unsupported(spec.dtype, f"parameter {spec.name}; expected one of {sorted(HOST_DTYPES)}")
         bias = self._host(spec, read("bias"), spec.shape[:1]) if spec.bias else None
-        return Packed(spec, self._host(spec, read(), spec.shape), bias)
+        value = read() if spec.quant is None else dequantise(spec.quant, read)
+        return Packed(spec, self._host(spec, value, spec.shape), bias)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
