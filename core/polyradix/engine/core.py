@@ -373,12 +373,12 @@ def _chunk(o: Output) -> Chunk:
     if o.logprobs is not None:
         logprobs = [TokenLogProbs(logprob, top) for logprob, top in o.logprobs]
     return Chunk(
-        rid=o.rid,
+        rid=o.req.rid,
         tokens=o.tokens,
         logprobs=logprobs,
         finish=o.finish,
         stop_token=o.stop_token,
-        prompt_tokens=o.prompt_tokens,
-        cached_tokens=o.cached_tokens,
-        queue_seconds=o.queue_seconds,
+        prompt_tokens=len(o.req.prompt),
+        cached_tokens=o.req.cached_tokens,
+        queue_seconds=o.req.queue_seconds,
     )

@@ -9,12 +9,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from polyradix.backend.batch import I32, HostBatch, SampleBatch
+from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch
 from polyradix.grammar.spec import Matcher
 from polyradix.schedule.request import Request
 
 Finish: TypeAlias = Literal["stop", "length"]
 TokenLogProbs: TypeAlias = tuple[float, list[tuple[int, float]]]  # of the token; the best (id, logprob), descending
+LogProbArrays: TypeAlias = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Plan:
 
     number: int  # counts launches from 1
     rows: list[Request]  # S
+    slots: I32  # [S], that the rows had when it was made
     host: HostBatch
     sample: SampleBatch
     top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
@@ -42,16 +44,22 @@ class Plan:
 
 
 class Output(msgspec.Struct, gc=False):
-    """What one step gave one request. A stop token is the last of `tokens`, and also in `stop_token`."""
+    """What one step gave one request: `tokens` with what was forced ahead of them, a stop token as the last."""
 
-    rid: str
+    req: Request
     tokens: list[int]
-    finish: Finish | None
-    stop_token: int | None
-    prompt_tokens: int
-    cached_tokens: int
-    logprobs: list[TokenLogProbs] | None
-    queue_seconds: float
+    finish: Finish | None = None
+    logprobs: list[TokenLogProbs] | None = None
+
+    @property
+    def stop_token(self) -> int | None:
+        return self.tokens[-1] if self.finish == "stop" and self.tokens[-1] in self.req.stops else None
+
+
+def details(row: int, n: int, logprobs: LogProbArrays) -> list[TokenLogProbs]:
+    """Of the token of this row, with n alternatives."""
+    chosen, ids, values = logprobs
+    return [(float(chosen[row]), list(zip(ids[row, :n].tolist(), values[row, :n].tolist(), strict=True)))]
 
 
 class RowTable:
@@ -130,7 +138,7 @@ class RowTable:
             position=host.kv_len,
         )
         top = int(self.logprobs[slots].max())
-        return Plan(number, rows, host, sample, top if top >= 0 else None, bool(self.masked[slots].any()))
+        return Plan(number, rows, slots, host, sample, top if top >= 0 else None, bool(self.masked[slots].any()))
 
     def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:
         size, n = self.page_size, len(slots)

@@ -14,21 +14,20 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 
-from polyradix.backend.batch import F32, I32
+from polyradix.backend.batch import I32
 from polyradix.cache.pool import PagePool
 from polyradix.cache.radix import Match, Node, RadixCache
 from polyradix.schedule.config import SchedulerConfig as SchedulerConfig
 from polyradix.schedule.estimate import Estimate
 from polyradix.schedule.jump import begin, forced
 from polyradix.schedule.params import InvalidParam
-from polyradix.schedule.plan import Finish, Output, Plan, RowTable, TokenLogProbs
+from polyradix.schedule.plan import Finish, LogProbArrays, Output, Plan, RowTable, details
 from polyradix.schedule.queue import OUTPUT_WEIGHT, WaitingQueue
 from polyradix.schedule.request import Request
-
-LogProbArrays = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
 
 
 class Scheduler:
@@ -121,28 +120,34 @@ class Scheduler:
         if wanted and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
             raise ValueError(f"logprobs is None; expected {plan.top_logprobs} a row, as plan {plan.number} says")
         self._flight.popleft()
-        out: list[Output] = []
-        rows, slots = list[int](), list[int]()
-        ends = plan.host.kv_len.tolist()
-        for row, (req, token, end) in enumerate(zip(plan.rows, tokens.tolist(), ends, strict=True)):
+        out, jumping = list[Output](), list[Output]()
+        for row, (req, token, end) in enumerate(
+            zip(plan.rows, tokens.tolist(), plan.host.kv_len.tolist(), strict=True)
+        ):
             if req.finished:
                 continue
             req.stored = end
             if end < req.prefill:
                 continue
-            rows.append(row)
-            slots.append(req.slot)
-            out.append(self._accept(req, token, row, logprobs))
-        self._table.token[slots] = tokens[rows]
-        for req in [req for req in self._filling if req.stored >= len(req.fed)]:
+            finish = self._append(req, token, end + 1)
+            out.append(o := Output(req, [token], finish))
+            if logprobs is not None and req.params.logprobs is not None:
+                o.logprobs = details(row, req.params.logprobs, logprobs)
+            if req.ahead:
+                o.tokens, req.ahead = [*req.ahead, token], []
+            if finish is None and req.jumps:
+                jumping.append(o)
+        self._table.token[plan.slots] = tokens  # where a slot is another request's by now, it is set again in time
+        for req in [req for req in self._filling if req.stored >= req.prefill]:
             self._filling.remove(req)
             self._share(req, req.fed)
-        for o in out:
-            if self._known[o.rid].jumps and o.finish is None:
-                self._jump(self._known[o.rid], o)
-        for req in [self._known[o.rid] for o in out if o.finish]:
-            del self._known[req.rid]
-            self._leave(req)
+        for o in jumping:
+            self._jump(o)
+        for o in out if self.config.fair else ():
+            self._queue.charge(o.req, OUTPUT_WEIGHT * len(o.tokens))
+        for o in [o for o in out if o.finish is not None]:
+            del self._known[o.req.rid]
+            self._leave(o.req)
         self._drain()
         return out
 
@@ -243,7 +248,7 @@ class Scheduler:
             rows, slots = self._decoding, self._slots
             can = self._table.may_grow(slots)
             if not can.all():
-                rows, slots = [rows[i] for i in np.flatnonzero(can)], slots[can]
+                rows, slots = list(compress(rows, can.tolist())), slots[can]
             full = np.flatnonzero(self._table.computed[slots] % self.config.page_size == 0).tolist()
             pages = self._take(len(full))
             if pages is not None:
@@ -384,29 +389,19 @@ class Scheduler:
             self._pool.free(self._tree.evict(short))
         return self._pool.alloc(n)
 
-    def _accept(self, req: Request, token: int, row: int, logprobs: LogProbArrays | None) -> Output:
-        finish, stop = self._append(req, token)
-        details = None if req.params.logprobs is None else _details(row, req.params.logprobs, logprobs)
-        tokens, req.ahead = [*req.ahead, token], []
-        return Output(req.rid, tokens, finish, stop, len(req.prompt), req.cached_tokens, details, req.queue_seconds)
-
-    def _append(self, req: Request, token: int) -> tuple[Finish | None, int | None]:
-        """Why it ends with this token, if it does, and the stop token."""
+    def _append(self, req: Request, token: int, count: int) -> Finish | None:
+        """Why it ends with this token, the `count`-th of prompt and outputs, if it does."""
         req.outputs.append(token)
-        if self.config.fair:
-            self._queue.charge(req, OUTPUT_WEIGHT)
-        finish: Finish | None = None
-        stop = token if token in req.stops else None
-        if stop is not None or (req.matcher is not None and req.matcher.accept(token)):
-            finish = "stop"
-        elif len(req.prompt) + len(req.outputs) >= req.limit:
-            finish = "length"
-        req.finished = finish is not None
-        return finish, stop
+        if token in req.stops or (req.matcher is not None and req.matcher.accept(token)):
+            req.finished = True
+            return "stop"
+        req.finished = count >= req.limit
+        return "length" if req.finished else None
 
-    def _jump(self, req: Request, out: Output) -> None:
+    def _jump(self, out: Output) -> None:
         """Append what the grammar forces after the token just taken; one chunk of prefill will compute it. Not where
         that saves no step, as a step with the newest token may be in flight already, or where pages are short."""
+        req = out.req
         known = len(req.prompt) + len(req.outputs)
         in_flight = int(self._table.computed[req.slot]) - known + 1
         tokens = forced(req, req.limit - known)
@@ -418,9 +413,9 @@ class Scheduler:
             return
         req.pages += pages
         self._table.set_pages(req)
-        for token in tokens:
+        for count, token in enumerate(tokens, known + 1):
             out.tokens.append(token)
-            out.finish, _ = self._append(req, token)
+            out.finish = self._append(req, token, count)
             if out.finish:
                 break
         req.feed(req.tokens())
@@ -479,9 +474,3 @@ class Scheduler:
 def _yields(req: Request) -> tuple[int, int]:
     """The greatest yields first: the least important, and of these the newest."""
     return req.rank[0], req.arrival
-
-
-def _details(row: int, n: int, logprobs: LogProbArrays | None) -> list[TokenLogProbs]:
-    assert logprobs is not None  # apply has checked
-    chosen, ids, values = logprobs
-    return [(float(chosen[row]), list(zip(ids[row, :n].tolist(), values[row, :n].tolist(), strict=True)))]

@@ -76,4 +76,4 @@ def test_jumped_tokens_are_cached_under_their_ids() -> None:
     device.add("again", [*tokens, 9], 3)
     device.drain(2)
     device.verify(req)
-    assert device.out["again"].cached_tokens >= len(tokens) - 6  # all but the last run, if that ended it
+    assert device.out["again"].req.cached_tokens >= len(tokens) - 6  # all but the last run, if that ended it

@@ -247,7 +247,7 @@ def test_requests_tell_the_cache_what_they_use_and_how_much_it_matters(policy):
     d.drain()
     d.add("check", [1] * 9, max_tokens=1)
     d.drain()
-    assert d.out["check"].cached_tokens == 8
+    assert d.out["check"].req.cached_tokens == 8
 
 
 def test_a_hit_by_an_unimportant_request_does_not_keep_a_prefix():
@@ -259,4 +259,4 @@ def test_a_hit_by_an_unimportant_request_does_not_keep_a_prefix():
     d.drain()
     d.add("check", [2] * 9, max_tokens=1, priority=1)
     d.drain()
-    assert d.out["check"].cached_tokens == 8
+    assert d.out["check"].req.cached_tokens == 8

@@ -136,7 +136,7 @@ def test_a_second_turn_reuses_the_first():
     # 17 of the 18 tokens have KV, which is 4 full pages; the last sampled token was never computed.
     d.add("b", [*range(10), *first.outputs, 1, 2, 3])
     d.step()
-    assert d.out["b"].cached_tokens == 16
+    assert d.out["b"].req.cached_tokens == 16
     assert (d.scheduler.prompt_tokens, d.scheduler.cached_tokens) == (31, 16)
 
 
@@ -147,7 +147,7 @@ def test_a_full_hit_still_computes_the_last_token():
     req = d.add("b", list(range(8)), max_tokens=1)
     plan = d.step()
     assert chunk_sizes(plan) == [4]  # the match is capped below the last token, and pages are whole
-    assert d.out["b"].cached_tokens == 4
+    assert d.out["b"].req.cached_tokens == 4
     d.verify(req)
 
 
@@ -158,7 +158,7 @@ def test_namespaces_do_not_share():
     req = d.add("b", list(range(12)), namespace="y")
     d.drain()
     d.verify(req)
-    assert d.out["b"].cached_tokens == 0
+    assert d.out["b"].req.cached_tokens == 0
 
 
 def test_radix_off_reuses_nothing_and_keeps_nothing():
@@ -166,7 +166,7 @@ def test_radix_off_reuses_nothing_and_keeps_nothing():
     for rid in "ab":
         d.add(rid, list(range(12)))
         d.drain()
-        assert d.out[rid].cached_tokens == 0
+        assert d.out[rid].req.cached_tokens == 0
     assert d.scheduler.pages_cached == 0
 
 
@@ -334,7 +334,7 @@ def test_what_was_not_applied_is_not_shared():
     d.apply()
     d.add("b", list(range(20)))
     d.step()
-    assert d.out["b"].cached_tokens == 0
+    assert d.out["b"].req.cached_tokens == 0
 
 
 def test_an_id_may_be_used_again_while_its_late_row_is_in_flight():

@@ -145,11 +145,12 @@ class FakeDevice:
         flight = self.flights.pop(0)
         outputs = self.scheduler.apply(flight.plan, flight.samples, self._logprobs(flight))
         for out in outputs:
-            assert out.rid not in self.finish, "an output after the last one"
-            self.outputs[out.rid] += out.tokens
-            self.out[out.rid] = out
+            rid = out.req.rid
+            assert rid not in self.finish, "an output after the last one"
+            self.outputs[rid] += out.tokens
+            self.out[rid] = out
             if out.finish is not None:
-                self.finish[out.rid] = out.finish
+                self.finish[rid] = out.finish
         return outputs
 
     def step(self) -> Plan | None:
@@ -178,11 +179,10 @@ class FakeDevice:
         assert self.finish[req.rid] == finish
         out = self.out[req.rid]
         assert out.stop_token == (tokens[-1] if tokens[-1] in req.stops else None)
-        assert out.prompt_tokens == len(req.prompt)
-        if req.jumps and out.cached_tokens == len(req.prompt):
+        if req.jumps and req.cached_tokens == len(req.prompt):
             return  # what is forced from the start was computed instead of the last of the prompt
-        assert 0 <= out.cached_tokens < len(req.prompt)
-        assert out.cached_tokens % self.config.page_size == 0
+        assert 0 <= req.cached_tokens < len(req.prompt)
+        assert req.cached_tokens % self.config.page_size == 0
 
     def _check_shape(self, plan: Plan) -> None:
         h, s, n = plan.host, plan.sample, len(plan.rows)
