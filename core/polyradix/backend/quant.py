@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from polyradix.backend.capabilities import Capabilities, Unsupported
-from polyradix.backend.protocol import HostArray, ParamSpec, Quant, Reader
+from polyradix.backend.protocol import HostArray, ParamPart, ParamSpec, Quant
 
 
-def dequantise(quant: Quant, read: Reader) -> HostArray:
-    """The weight that Quant defines, float32."""
-    codes = read()
+def dequantise(quant: Quant, read: Callable[[ParamPart], HostArray]) -> HostArray:
+    """The weight that Quant defines, float32; `read` is a Reader."""
+    codes = read("weight")
     if quant.format == "int4":
         codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
     value = codes.astype(np.float32)

@@ -13,6 +13,7 @@ from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
+from polyradix.graph.quantisation import read_quantisation
 from polyradix.graph.rope import Rope, read_rope
 from polyradix.graph.windows import read_windows
 
@@ -166,8 +167,7 @@ def _architecture(config: Mapping[str, Any]) -> str:
 def _refuse_unknown_parts(c: Config) -> None:
     if c.get("hidden_act", str, "silu") not in ("silu", "swish"):
         raise c.wrong("hidden_act", "'silu'")
-    if c.values.get("quantization_config"):
-        raise c.wrong("quantization_config", "none: float32, float16 or bfloat16 weights, or a GGUF file")
+    read_quantisation(c)
 
 
 def _experts(c: Config, architecture: str, layers: int) -> Experts | None:

@@ -49,6 +49,7 @@ class Host:
 
     def __init__(self, free: int = 1 << 40, tp: int = 1) -> None:
         self.free, self.collectives = free, SimpleNamespace(size=tp)
+        self.caps = SimpleNamespace(features=frozenset())
 
     def memory(self) -> Memory:
         return Memory(self.free, self.free)

@@ -140,7 +140,10 @@ def write(folder: Path, config: dict[str, Any], values: dict[str, Any]) -> str:
 
 def load(path: str, **options: Any) -> Any:
     backend: Any = SimpleNamespace(
-        memory=lambda: Memory(1 << 40, 1 << 40), collectives=SimpleNamespace(size=1), pack=lambda spec, read: read()
+        memory=lambda: Memory(1 << 40, 1 << 40),
+        collectives=SimpleNamespace(size=1),
+        caps=SimpleNamespace(features=frozenset()),
+        pack=lambda spec, read: read(),
     )
     checkpoint = open_checkpoint(path, **options)
     return load_params(checkpoint, spec(checkpoint.config), "float32", backend, progress=False)

@@ -150,7 +150,7 @@ def test_unknown_architectures_list_the_known(value: object) -> None:
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor is 1; expected"),
         ({"rope_parameters": {"freq_factors": [1.0]}}, "freq_factors is .*; expected 8 numbers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1.0"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is .*; expected none"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config.quant_method is missing; expected one of awq"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
         ({"torch_dtype": "float64"}, "torch_dtype is 'float64'; expected one of float32"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id is .*; expected token ids"),

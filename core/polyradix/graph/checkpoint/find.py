@@ -15,6 +15,7 @@ from typing import Literal
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.checkpoint.dummy import open_dummy
 from polyradix.graph.checkpoint.gguf import open_gguf
+from polyradix.graph.checkpoint.quantised import dequantised
 from polyradix.graph.checkpoint.renamed import renamed
 from polyradix.graph.checkpoint.safetensors import open_folder
 from polyradix.graph.checkpoint.stacked import unstacked
@@ -58,7 +59,7 @@ def _open_folder(folder: Path) -> Checkpoint:
         if len(ggufs) > 1:
             raise CheckpointError(f"{folder}: {len(ggufs)} .gguf files; name the one to load")
         return open_gguf(ggufs[0])
-    return unstacked(renamed(open_folder(folder)))
+    return unstacked(dequantised(renamed(open_folder(folder))))
 
 
 def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:

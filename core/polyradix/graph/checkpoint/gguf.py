@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from polyradix.backend.protocol import HostArray
-from polyradix.graph.checkpoint.base import Checkpoint
+from polyradix.graph.checkpoint.base import Checkpoint, Stored
 from polyradix.graph.errors import CheckpointError, ModelError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -38,6 +38,7 @@ _LAYER = {
 }
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,13 @@ def open_gguf(path: Path) -> Checkpoint:
         return _half_split(value, heads[part]) if interleaved and part in heads else value
 
     return Checkpoint(
-        source=str(path), config=config, names=files.keys(), read=read, where=lambda name: str(path), gguf=meta
+        source=str(path),
+        config=config,
+        names=files.keys(),
+        read=read,
+        where=lambda name: str(path),
+        gguf=meta,
+        stored={hf: Stored(t.kind.name, t.nbytes) for hf, n in files.items() if (t := tensors[n]).kind not in _PLAIN},
     )
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
-from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, Params, ParamSpec
+from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, ParamPart, Params, ParamSpec, Quant
 from polyradix.graph.checkpoint.base import Checkpoint
+from polyradix.graph.checkpoint.keep import keep, report
 from polyradix.graph.dense import param_specs, pieces, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.mla import row_order
 from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
+
+log = logging.getLogger(__name__)
 
 READERS = min(8, os.cpu_count() or 1)
 _HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed here; a copy of the embeddings if they are tied
@@ -35,20 +39,23 @@ def load_params(
     the first. Raises CheckpointError naming the file and tensor at fault, MemoryError for a model larger than a device,
     both before a weight is read. The bar is for a terminal on stderr."""
     _compare_names(checkpoint, spec)
-    table = param_specs(spec, dtype, max_context)
+    table = keep(param_specs(spec, dtype, max_context), checkpoint, spec, backend.caps.features)
+    for line in report(table, checkpoint, spec):
+        log.info("%s: %s", checkpoint.source, line)
     _check_room(table.bytes(backend.collectives.size), backend.memory().free)
     groups = [(None, table.top), *enumerate(table.layers)]
     reads = [_Read(checkpoint, spec, p, layer) for layer, params in groups for p in params]
     pool = ThreadPoolExecutor(READERS, "polyradix-read")
-    ahead: dict[int, Future[HostArray]] = {}
+    ahead: dict[int, Future[Mapping[ParamPart, HostArray]]] = {}
 
-    def read(index: int, part: Literal["weight", "bias"] = "weight") -> HostArray:
+    def read(index: int, part: ParamPart = "weight") -> HostArray:
         if part == "bias":
-            return reads[index](part)
+            return reads[index].bias()
+        ahead.pop(index - 1, None)
         for i in range(index, min(index + 1 + READERS, len(reads))):
             if i not in ahead:
                 ahead[i] = pool.submit(reads[i])
-        return ahead.pop(index).result()
+        return ahead[index].result()[part]
 
     bar = tqdm(reads, desc="Loading weights", unit="param", disable=None if progress else True, mininterval=0.2)
     try:
@@ -79,29 +86,45 @@ def _check_room(size: int, free: int) -> None:
 
 
 class _Read:
-    """The Reader of one parameter."""
+    """Reads one parameter."""
 
     def __init__(self, checkpoint: Checkpoint, model: ModelSpec, spec: ParamSpec, layer: int | None) -> None:
         self.checkpoint, self.model, self.spec = checkpoint, model, spec
         self.pieces = pieces(model, spec, layer)
+        self.order = None if model.latent is None else row_order(model.latent, spec.name)
 
-    def __call__(self, part: Literal["weight", "bias"] = "weight") -> HostArray:
+    def __call__(self) -> Mapping[ParamPart, HostArray]:
+        """What a backend's Reader gives, but for the bias."""
         spec = self.spec
         if spec.kind == "rope":
-            return rope_table(self.model.rope, *spec.shape)
-        if part == "bias" and not any(f"{name}.bias" in self.checkpoint.names for name, _ in self.pieces):
+            return {"weight": rope_table(self.model.rope, *spec.shape)}
+        if spec.quant is not None:
+            return self._parts(spec.quant)
+        return {"weight": self._joined("weight", spec.shape[1:][-1:]).reshape(spec.shape)}
+
+    def bias(self) -> HostArray:
+        if not any(f"{name}.bias" in self.checkpoint.names for name, _ in self.pieces):
             raise CheckpointError(
                 f"{self.checkpoint.source}: no tensor {self.pieces[0][0]}.bias; the config promises it"
             )
-        tail = spec.shape[1:][-1:] if part == "weight" else ()
-        out = np.empty((sum(rows for _, rows in self.pieces), *tail), HOST_DTYPES[spec.dtype])
+        return self._joined("bias", ())
+
+    def _joined(self, part: str, tail: tuple[int, ...]) -> HostArray:
+        out = np.empty((sum(rows for _, rows in self.pieces), *tail), HOST_DTYPES[self.spec.dtype])
         start = 0
         for name, count in self.pieces:
             _copy(self._tensor(f"{name}.{part}", (count, *tail)), out[start : start + count])
             start += count
-        order = None if self.model.latent is None else row_order(self.model.latent, spec.name)
-        out = out if order is None else out[order]
-        return out.reshape(spec.shape) if part == "weight" else out
+        return out if self.order is None else out[self.order]
+
+    def _parts(self, quant: Quant) -> Mapping[ParamPart, HostArray]:
+        """Codes, scales and zeros, as the checkpoint has them."""
+        each = [p.read() for name, _ in self.pieces if (p := self.checkpoint.stored[f"{name}.weight"].parts)]
+        whole = {part: np.concatenate([parts[part] for parts in each]) for part in each[0]}
+        if self.order is not None:
+            blocks = self.order[:: quant.block[0]] // quant.block[0]
+            whole = {part: x[self.order if part == "weight" else blocks] for part, x in whole.items()}
+        return {part: x.reshape(*self.spec.shape[:-2], -1, x.shape[-1]) for part, x in whole.items()}
 
     def _tensor(self, name: str, shape: tuple[int, ...]) -> HostArray:
         if name.endswith(".bias") and name not in self.checkpoint.names:

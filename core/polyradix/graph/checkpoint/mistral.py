@@ -75,6 +75,8 @@ def hf_config(params: Mapping[str, Any]) -> dict[str, Any]:
     if yarn := params.get("yarn"):
         rope |= {"rope_type": "yarn", **_renamed(yarn, _YARN)}
         rope |= {"mscale": 1.0, "mscale_all_dim": 1.0} if yarn.get("apply_scale", True) else {"attention_factor": 1.0}
+    if (params.get("quantization") or {}).get("qformat_weight") == "fp8_e4m3":
+        out["quantization_config"] = {"quant_method": "fp8"}
     if llama4 := params.get("llama_4_scaling"):
         rope["llama_4_scaling_beta"] = llama4.get("beta")
         rope["original_max_position_embeddings"] = llama4.get("original_max_position_embeddings")

@@ -16,7 +16,14 @@ from polyradix.graph.checkpoint.base import Checkpoint, read_json, read_optional
 from polyradix.graph.errors import CheckpointError
 
 INDEXES = "model.safetensors.index.json", "consolidated.safetensors.index.json"
-DTYPES: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES: dict[str, Any] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "I32": np.int32,
+    "U8": np.uint8,
+}
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -1,0 +1,36 @@
+"""A quantised checkpoint, seen as one with plain weights; what it has instead of them is in Checkpoint.stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from polyradix.backend.protocol import HostArray
+from polyradix.backend.quant import dequantise
+from polyradix.graph.checkpoint import fp8, int4
+from polyradix.graph.checkpoint.base import Checkpoint
+from polyradix.graph.config import Config
+from polyradix.graph.quantisation import read_quantisation
+
+_FORMATS = {"fp8": fp8, "awq": int4, "gptq": int4}
+
+
+def dequantised(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` itself if its config has no quantization_config. Raises ModelError for one that is not known, and
+    CheckpointError naming the tensor that is not as it says."""
+    q = read_quantisation(Config(checkpoint.config))
+    if q is None or q.method not in _FORMATS:
+        return checkpoint
+    format = _FORMATS[q.method]
+    stored = format.stored(checkpoint, q)
+    plain = {name for name in checkpoint.names if name.rpartition(".")[2] not in format.PARTS}
+
+    def read(name: str) -> HostArray:
+        held = stored.get(name)
+        if held is None or held.parts is None:
+            return checkpoint.read(name)
+        return dequantise(held.parts.quant, held.parts.read().__getitem__)
+
+    def where(name: str) -> str:
+        return checkpoint.where(name if name in checkpoint.names else f"{name.removesuffix('weight')}qweight")
+
+    return replace(checkpoint, names=plain | stored.keys(), read=read, where=where, stored=stored)
