@@ -48,16 +48,24 @@ MIXED = closed(
 
 
 class Sleeper(NullBackend):
-    """`null` with masks: a row's sample is the first token that its mask allows from a hashed place on."""
+    """`null` with masks: a row's sample is the first token that its mask allows from a hashed place on. What choosing
+    them takes is no part of a device's work, so the next step sleeps for as much less."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds, True)
+        self._seconds = seconds
         self.caps = type(self.caps)(**{**vars(self.caps), "features": self.caps.features | {"mask"}})
 
     def sample(self, logits: Any, batch: SampleBatch) -> Any:
         return self._launch.run(lambda _: self._tokens(batch), logits)
 
     def _tokens(self, batch: SampleBatch) -> Any:
+        begin = time.perf_counter()
+        tokens = self._chosen(batch)
+        self._step_time_s = max(0.0, self._seconds - (time.perf_counter() - begin))
+        return tokens
+
+    def _chosen(self, batch: SampleBatch) -> Any:
         tokens = super()._tokens(batch)
         if batch.mask is None:
             return tokens

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 
@@ -27,7 +28,9 @@ from polyradix.grammar.tags import lark
 LIMIT_SECONDS = 0.8
 SMALL = 4096  # bytes
 QUEUE = 32  # grammars that wait for one thread
-MASK_THREADS = 8
+MASK_THREADS = min(8, os.cpu_count() or 1)
+USERS = 4  # outputs on a lexer before the next one gets one more
+CHEAP_SECONDS = 0.002  # what a lexer may cost the step loop, to which it is added
 CACHED = 64  # grammars; the largest lexers have some 2 kB a state
 MAX_FORCED = 16 * 1024  # bytes that a grammar may force at its start; more is a schema that never ends
 LIMITS = {
@@ -53,7 +56,7 @@ class LlgCompiler:
     def __init__(self, load: Callable[[], Vocabulary], vocab: int, eos: frozenset[int] = frozenset()) -> None:
         self._load, self._vocab, self._eos = load, vocab, eos
         self._lanes = [ThreadPoolExecutor(1, f"grammar-{size}") for size in ("small", "large")]
-        self._fillers = ThreadPoolExecutor(min(MASK_THREADS, os.cpu_count() or 1), "mask")
+        self._fillers = ThreadPoolExecutor(MASK_THREADS, "mask")
         self._pending: list[tuple[Future[Grammar], float, bool]] = []  # since when, and whether in the large lane
         self._lock, self._making = threading.Lock(), threading.Lock()
         self._tokenizer: Any = None
@@ -199,30 +202,36 @@ class _Compiled:
             raise GrammarError(_short(str(error))) from error
         self.worn = False
         self.fresh = partial(LLMatcher, tokenizer, source, log_level=0, limits=LLParserLimits(**LIMITS))
-        self._first = self.fresh()
-        if not self._first.is_error():
+        begin = time.thread_time()
+        first = self.fresh()
+        self._cheap = time.thread_time() - begin < CHEAP_SECONDS
+        self._lexers: list[tuple[Any, WeakSet[_Matcher]]] = [(first, WeakSet())]
+        if not first.is_error():
             for _ in range(2):  # the first mask may pass and leave a lexer that is too large for any other
-                _Matcher(self._first.deep_copy(), None).fill(np.zeros(-(-tokenizer.vocab_size // 32), np.int32))
-            if len(self._first.compute_ff_bytes()) > MAX_FORCED:
+                _Matcher(first.deep_copy(), None, 0).fill(np.zeros(-(-tokenizer.vocab_size // 32), np.int32))
+            if len(first.compute_ff_bytes()) > MAX_FORCED:
                 raise GrammarError("no output of finite length can match it")
-        if self._first.is_error():
-            raise GrammarError(_short(self._first.get_error()))
+        if first.is_error():
+            raise GrammarError(_short(first.get_error()))
 
     def matcher(self) -> _Matcher:
-        return _Matcher(self._first.deep_copy(), self)
+        """On the lexer with the fewest, or on one more: masks of different lexers are made side by side."""
+        first, users = min(self._lexers, key=lambda lexer: len(lexer[1]))
+        if len(users) >= USERS and self._cheap and len(self._lexers) < MASK_THREADS:
+            first, users = self.fresh(), WeakSet()
+            self._lexers.append((first, users))
+        matcher = _Matcher(first.deep_copy(), self, id(first))
+        users.add(matcher)
+        return matcher
 
 
 class _Matcher:
     """Copies of a matcher share its lexer, whose states are limited: what one output has used up fails all others. Then
     each goes on with a lexer of its own, and nobody new gets the old one. `shared` is None once that is done."""
 
-    def __init__(self, inner: Any, shared: _Compiled | None) -> None:
-        self._inner, self._shared = inner, shared
+    def __init__(self, inner: Any, shared: _Compiled | None, lexer: int) -> None:
+        self._inner, self._shared, self.lexer = inner, shared, lexer
         self._taken: list[int] = []
-
-    @property
-    def lexer(self) -> int:
-        return id(self._shared or self)
 
     def fill(self, row: I32) -> None:
         if not row.flags.c_contiguous or row.dtype != np.int32:
@@ -230,7 +239,7 @@ class _Matcher:
         self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._shared is not None and self._inner.is_error():
             self._shared.worn = True
-            self._inner, self._shared = self._shared.fresh(), None
+            self._inner, self._shared, self.lexer = self._shared.fresh(), None, id(self)
             for token in self._taken:
                 self._inner.consume_token(token)
             self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)

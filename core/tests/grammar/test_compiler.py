@@ -65,3 +65,21 @@ def test_forced_tokens_are_the_text_that_must_come() -> None:
         matcher.accept(token)
     assert matcher.forced() == []
     compiler.close()
+
+
+def test_many_outputs_of_one_grammar_have_several_lexers_and_the_same_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MASK_THREADS", 2)
+    monkeypatch.setattr(module, "CHEAP_SECONDS", 10)
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    grammar = compiler.compile(GrammarSpec(kind="regex", source="[ab]{3}c")).result()
+    rows = list(enumerate(grammar.matcher() for _ in range(3 * module.USERS)))
+    users = [matcher.lexer for _, matcher in rows]
+    assert sorted(users.count(lexer) for lexer in set(users)) == [6, 6]
+    mask = np.zeros((len(rows), -(-VOCAB // 32)), np.int32)
+    for allowed in ({97, 98}, {97, 98}, {97, 98}, {99}):
+        assert compiler.fill(rows, mask) == []
+        assert (mask == mask[0]).all()
+        assert _allowed(rows[0][1]) == allowed
+        for row, matcher in rows:
+            matcher.accept(max(allowed) - row % len(allowed))
+    compiler.close()
