@@ -61,10 +61,10 @@ tests: .venv/tested
 	for kernels in native torch; do for profile in dense moe; do \
 	  $(BIN)/conform run --backend cpu --option kernels=$$kernels --profile $$profile -o .venv/cpu-$$kernels-$$profile.json; \
 	  done; done
-	for profile in mla quant; do \
+	for profile in mla quant sparse; do \
 	  $(BIN)/conform run --backend cpu --option kernels=torch --profile $$profile -o .venv/cpu-torch-$$profile.json; \
 	done
-	for profile in dense mesh moe mla quant; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
+	for profile in dense mesh moe mla quant sparse; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
 	$(BIN)/conform verify .venv/*-*.json
 	$(BIN)/conform matrix .venv/*-*.json -o .venv
 

@@ -79,6 +79,7 @@ LATENT = {
     "topk_group": 2,
     "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 1.0},
 }
+INDEXED = {**LATENT, "index_head_dim": 32, "index_n_heads": 32, "index_topk": 27}  # few heads: ties at 0
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-dense": (
         "DeepseekV3",
@@ -94,6 +95,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2": ("DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
     "deepseek-v2-lite": ("DeepseekV2", {**LATENT, "topk_method": "greedy", "q_lora_rank": None}),
     "deepseek-v3": ("DeepseekV3", LATENT),
+    "deepseek-v3.2": ("DeepseekV32", INDEXED),
+    "deepseek-v3.2-all-seen": ("DeepseekV32", {**INDEXED, "index_topk": 128}),
     "llama": ("Llama", {"rope_parameters": LLAMA3, "num_hidden_layers": 3}),
     "llama-bias": (
         "Llama",

@@ -14,7 +14,7 @@ from polyradix_torch.triton.ops import TritonOps
 @all_told(torch.cuda)
 class RocmBackend(GpuBackend):
     def __init__(self, index: int, capture: bool) -> None:
-        super().__init__("rocm", FEATURES - {"mla"}, TritonOps(), index, capture)
+        super().__init__("rocm", FEATURES - {"mla", "indexer"}, TritonOps(), index, capture)
 
 
 def create(capture: bool, index: int) -> RocmBackend:

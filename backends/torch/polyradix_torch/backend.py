@@ -78,6 +78,8 @@ class TorchBackend(ABC):
             return self._experts(spec, weight)
         if spec.kind == "router":
             return self._router(spec, weight, bias)
+        if spec.kind == "norm" and bias is not None:
+            return weight.float(), bias.float()
         return weight.float() if spec.kind in ("norm", "latent_up") else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix.backend.protocol import AttnSpec, Heads, Index, IndexSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_torch.indexer import attend_alone, layer_norm, select
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
 from polyradix_torch.moe import SERIAL, route, spread, weighted
 
@@ -105,15 +106,55 @@ class TorchOps(Products):
     def attend_latent(
         self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec
     ) -> Any:
+        asked = self._write_rows(q, c, c[:, :0], kv, m, w, a)
+        return self._latent(asked, kv[0], m, w.up, a).to(q.dtype).flatten(1), kv
+
+    def attend_sparse(
+        self,
+        q: torch.Tensor,
+        c: torch.Tensor,
+        x: Index,
+        kv: Any,
+        m: TorchMeta,
+        w: LatentWeights,
+        a: LatentSpec,
+        s: IndexSpec,
+    ) -> Any:
+        """One token after the other: what one sees is no other's."""
+        key, index = layer_norm(x.k, x.norm, s.eps), x.q.view(len(q), s.heads, s.dim)
+        turned, first = self.rope(index[..., : a.rope], key[:, None, : a.rope], w.table, m)
+        index = torch.cat([turned, index[..., a.rope :]], dim=2).float()
+        key = torch.cat([first[:, 0], key[:, a.rope :]], dim=1)
+        asked = absorb(self._write_rows(q, c, key, kv, m, w, a), w.up, a)
+        mean, weights, (cache,) = asked.new_empty(*asked.shape[:2], a.rank), x.weights.float(), kv
+        for seq, length in enumerate(m.kv_len):
+            held = _gather(cache, m.pages[seq, : -(-length // cache.shape[1])], length)[0]
+            for t in range(m.rows[seq], m.rows[seq + 1]):
+                keys = held[: length - m.rows[seq + 1] + t + 1, -s.dim :]
+                seen = held[select(index[t], weights[t], keys, s.top_k), : -s.dim]
+                mean[t] = attend_alone(asked[t], seen, a)
+        return unabsorb(mean, w.up, a).to(q.dtype).flatten(1), kv
+
+    def _write_rows(
+        self,
+        q: torch.Tensor,
+        c: torch.Tensor,
+        index: torch.Tensor,
+        kv: Any,
+        m: TorchMeta,
+        w: LatentWeights,
+        a: LatentSpec,
+    ) -> torch.Tensor:
+        """Each row of c, followed by that of `index`. Returns the queries [T,H,nope+rope], rotated, float32."""
         (cache,) = kv
         nope, turned = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
         turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
-        rows = torch.cat([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0]], dim=1)
+        rows = torch.cat([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0], index], dim=1)
         cache.view(-1, cache.shape[-1]).index_copy_(0, m.slots, rows)
         asked = torch.cat([nope, turned], dim=-1).float()
         if a.attn_scale:
             asked *= (1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log())[:, None, None]
-        return self._latent(asked, cache, m, w.up, a).to(q.dtype).flatten(1), kv
+        return asked
 
     def _latent(
         self, q: torch.Tensor, cache: torch.Tensor, m: TorchMeta, up: torch.Tensor, a: LatentSpec

@@ -4,7 +4,7 @@ in float32; everything else is float32 inside and rounded once."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from polyradix.backend.protocol import (
     AttnSpec,
     Collectives,
     Heads,
+    Index,
+    IndexSpec,
     LatentSpec,
     LatentWeights,
     LayerBody,
@@ -25,6 +27,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import Kernels
+from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.kernels.xla import precision, write_rows
 from polyradix_tpu.mesh import AXIS, Packed
 from polyradix_tpu.moe import route, spread
@@ -76,16 +79,54 @@ class JaxOps(Expansions):
     def attend_latent(
         self, q: jax.Array, c: jax.Array, kv: jax.Array, m: JaxMeta, w: LatentWeights, a: LatentSpec
     ) -> tuple[jax.Array, jax.Array]:
-        """Absorbed, whatever the batch: the kernel knows latent rows alone."""
+
+        def over(asked: jax.Array, turned: jax.Array, kv: jax.Array) -> jax.Array:
+            return self._kernels.latent(asked, turned, kv, m, a.scale)
+
+        return self._over_rows(q, c, c[:, :0], kv, m, w, a, over)
+
+    def attend_sparse(
+        self,
+        q: jax.Array,
+        c: jax.Array,
+        x: Index,
+        kv: jax.Array,
+        m: JaxMeta,
+        w: LatentWeights,
+        a: LatentSpec,
+        s: IndexSpec,
+    ) -> tuple[jax.Array, jax.Array]:
+        key, index = _layer_norm(x.k, x.norm, s.eps), x.q.reshape(len(q), s.heads, s.dim)
+        turned, first = self.rope(index[..., : a.rope], key[:, None, : a.rope], w.table, m)
+        index = jnp.concatenate([turned, index[..., a.rope :]], axis=2)
+        key = jnp.concatenate([first[:, 0], key[:, a.rope :]], axis=1)
+
+        def over(asked: jax.Array, turned: jax.Array, kv: jax.Array) -> jax.Array:
+            return sparse.attend(jnp.concatenate([asked, turned], axis=2), index, _wide(x.weights), kv, m, a, s)
+
+        return self._over_rows(q, c, key, kv, m, w, a, over)
+
+    def _over_rows(
+        self,
+        q: jax.Array,
+        c: jax.Array,
+        index: jax.Array,
+        kv: jax.Array,
+        m: JaxMeta,
+        w: LatentWeights,
+        a: LatentSpec,
+        over: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Writes the rows of c, each followed by that of `index`; `over` is attention over them, in the absorbed form
+        whatever the batch: kernels know latent rows alone."""
         q = q.reshape(len(q), -1, a.nope + a.rope)
         turned, key = self.rope(q[..., a.nope :], c[:, None, a.rank :], w.table, m)
-        rows = jnp.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0]], axis=1)
+        rows = jnp.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0], index], axis=1)
         kv = write_rows(rows, kv, m)
         asked = _per_head("thn,hnr->thr", q[..., : a.nope], w.up.value[:, : a.nope])
         warm = (1 + a.attn_scale * jnp.log1p(m.positions // a.floor_scale))[:, None, None]
         asked, turned = ((warm * x).astype(kv.dtype) for x in (asked, turned))
-        mean = self._kernels.latent(asked, turned, kv, m, a.scale)
-        out = _per_head("thr,hvr->thv", mean, w.up.value[:, a.nope :])
+        out = _per_head("thr,hvr->thv", over(asked, turned, kv), w.up.value[:, a.nope :])
         return out.astype(q.dtype).reshape(len(q), -1), kv
 
     def gated(self, x: jax.Array, kind: Literal["silu"]) -> jax.Array:
@@ -125,6 +166,13 @@ class JaxOps(Expansions):
 
 def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
+
+
+def _layer_norm(x: jax.Array, w: Packed, eps: float) -> jax.Array:
+    off = _wide(x) - jnp.mean(_wide(x), axis=-1, keepdims=True)
+    root = jnp.sqrt(jnp.mean(off * off, axis=-1, keepdims=True) + eps)
+    scale = 1 / jax.lax.optimization_barrier(root)  # as in rms_norm
+    return _biased(off * scale * _wide(w.value), w).astype(x.dtype)
 
 
 def _product(x: jax.Array, w: Packed) -> jax.Array:

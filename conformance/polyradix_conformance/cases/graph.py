@@ -152,7 +152,10 @@ BODIES: tuple[Body, ...] = (whole, chunked, decode, mixed, compiled, rebound, ex
 
 
 def profile_of(golden: Golden) -> str:
-    return "mla" if golden.spec.latent else "moe" if golden.spec.experts else "dense"
+    spec = golden.spec
+    if spec.latent:
+        return "sparse" if spec.latent.index else "mla"
+    return "moe" if spec.experts else "dense"
 
 
 def _on(body: Body, family: str) -> Callable[[Rig], None]:

@@ -84,24 +84,46 @@ class Stream:
 
     def __init__(self, rig: Rig, ragged: Ragged, a: Latent = PLAIN, regime: str = "normal", layers: int = 1) -> None:
         self.rig, self.ragged, self.a, self.regime, self.layers = rig, ragged, a, regime, layers
-        self.q, self.c = inputs(rig.dtype, a, regime, ragged.rows)
-        w, wide = weights(rig.dtype, a), a.heads * a.v
-        asked, total = self.q.shape[1], self.q.shape[1] + self.c.shape[1]
-        top = {
-            "x": rig.pack("embed", np.concatenate([self.q, self.c], axis=1)),
-            "q": rig.pack("linear", np.eye(asked, total), segments=(asked,)),
-            "c": rig.pack("linear", np.eye(total - asked, total, asked)),
+        columns = self.columns()
+        self.q, self.c = columns["q"], columns["c"]
+        w, wide, total = weights(rig.dtype, a), a.heads * a.v, sum(x.shape[1] for x in columns.values())
+        top, at = {"x": rig.pack("embed", np.concatenate(list(columns.values()), axis=1))}, 0
+        for name, x in columns.items():
+            part, at = np.eye(x.shape[1], total, at), at + x.shape[1]
+            top[name] = rig.pack("linear", part, segments=(len(part),) if name == "q" else ())
+        top |= {
             "zero": rig.pack("linear", np.zeros((wide, total))),
             "norm": rig.pack("norm", w.norm),
             "up": rig.pack("latent_up", w.up),
             "table": rig.pack("rope", w.table),
             "out": rig.pack("linear_reduce", np.eye(wide)),
             "end": rig.pack("logits", np.eye(wide)),
+            **self.more(),
         }
         self.run = rig.compile(self._step, Params(top, [{} for _ in range(layers)]))
-        self.spec = KVSpec(layers, 1, a.rank + a.rope, ragged.page, rig.dtype, "latent")
+        self.spec = self.cache_spec()
         kv = rig.backend.alloc_kv(self.spec, ragged.num_pages)
         self.kv = rig.backend.import_pages(kv, range(ragged.num_pages), poison(self.spec, ragged.num_pages))
+
+    def columns(self) -> dict[str, Arr]:
+        """What of an input row is what, in order."""
+        return dict(zip("qc", inputs(self.rig.dtype, self.a, self.regime, self.ragged.rows), strict=True))
+
+    def more(self) -> dict[str, Any]:
+        """Further parameters."""
+        return {}
+
+    def cache_spec(self) -> KVSpec:
+        a = self.a
+        return KVSpec(self.layers, 1, a.rank + a.rope, self.ragged.page, self.rig.dtype, "latent")
+
+    def expected(self) -> tuple[Arr, Arr]:
+        return expected(self.rig.dtype, self.a, self.regime, self.ragged.lengths)
+
+    def attend(self, ops: Any, each: dict[str, Any], top: dict[str, Any], kv: Any, m: Any) -> Any:
+        """`each`: the columns of the batch."""
+        w = LatentWeights(top["norm"], top["up"], top["table"])
+        return ops.attend_latent(each["q"], each["c"], kv, m, w, LatentSpec(**asdict(self.a)))
 
     def step(self, parts: list[Part]) -> Arr:
         """Runs one batch; the last row [H,v] of each part, [S,H,v]."""
@@ -109,7 +131,7 @@ class Stream:
         return self.rig.fetch(out, (len(parts), self.a.heads * self.a.v)).reshape(len(parts), self.a.heads, self.a.v)
 
     def checked_step(self, what: str, parts: list[Part]) -> Arr:
-        truth, floors = expected(self.rig.dtype, self.a, self.regime, self.ragged.lengths)
+        truth, floors = self.expected()
         at, got = [self.ragged.ids(p)[-1] for p in parts], self.step(parts)
         self.rig.close(what, got, truth[at], floors[at])
         return got
@@ -127,12 +149,12 @@ class Stream:
         return np.concatenate(each, axis=1)
 
     def _step(self, ops: Any, params: Params, kv: Any, m: Any) -> tuple[Any, Any]:
-        top, spec = params.top, LatentSpec(**asdict(self.a))
+        top = params.top
         x = ops.embed(top["x"], m)
 
         def body(w: dict[str, Any], last: Any, kv: Any) -> Any:
-            q, c = ops.linear(x, top["q"]), ops.linear(x, top["c"])
-            out, kv = ops.attend_latent(q, c, kv, m, LatentWeights(top["norm"], top["up"], top["table"]), spec)
+            each = {name: ops.linear(x, top[name]) for name in self.columns()}
+            out, kv = self.attend(ops, each, top, kv, m)
             return ops.linear_reduce(out, top["out"]), kv
 
         out, kv = ops.layers([body] * len(params.layers), params.layers, ops.linear(x, top["zero"]), kv)
@@ -203,7 +225,7 @@ def moved(rig: Rig) -> None:
     same("a copy", rig.export(here.kv, spare), data[:, :, :1])
 
 
-def batching(rig: Rig) -> None:
+def batching(rig: Rig, stream: Callable[[Rig, Ragged], Stream] = Stream) -> None:
     """Whole, in chunks, alone and in another order: where the backend claims batch invariance, the same bits."""
     ragged = Ragged(ragged_lengths(rig.page), rig.page)
     seen = dict[tuple[int, int], Arr]()
@@ -217,9 +239,9 @@ def batching(rig: Rig) -> None:
         "in another order": [whole[::-1]],
     }
     for what, plan in plans.items():
-        stream = Stream(rig, ragged)
+        one = stream(rig, ragged)
         for parts in plan:
-            for part, row in zip(parts, stream.checked_step(what, parts), strict=True):
+            for part, row in zip(parts, one.checked_step(what, parts), strict=True):
                 want = seen.setdefault((part.seq, part.stop), row)
                 if rig.backend.caps.batch_invariant:
                     same(f"{what}: sequence {part.seq} after {part.stop} tokens", row, want)
@@ -245,7 +267,7 @@ for dtype in ("float32", "bfloat16"):
     for state in (written, moved, batching):
         add(f"L2/latent/{state.__name__}", dtype, state)
     for family in families():
-        if (needs := load(family).spec.needs(dtype)).features >= {"mla"}:
+        if (needs := load(family).spec.needs(dtype)).features >= {"mla"} and "indexer" not in needs.features:
             body, features = partial(batches, family=family), tuple(sorted(needs.features))
             case(f"L4/mla/batches/{family}", dtype, body, needs.head_dim, features, profile="mla")
     for tp in (2, 4):

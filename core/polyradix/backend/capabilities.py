@@ -23,7 +23,7 @@ class DeviceLost(RuntimeError):
     step and no others; one for want of memory is a MemoryError."""
 
 
-FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe", "mla"})
+FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe", "mla", "indexer"})
 QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 
 
@@ -90,7 +90,8 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
 def check_claimed(spec: KVSpec, caps: Capabilities) -> None:
     """Raises Unsupported for a cache that `caps` does not claim."""
     latent = spec.kind == "latent"
-    needs = Needs(spec.dtype, 0 if latent else spec.head_dim, frozenset({"mla"} if latent else ()))
+    features = frozenset(name for name, on in (("mla", latent), ("indexer", spec.index)) if on)
+    needs = Needs(spec.dtype, 0 if latent else spec.head_dim, features)
     reasons = validate(needs, caps, spec.page_size)
     if reasons:
         raise Unsupported("KV", "; ".join(map(str, reasons)))

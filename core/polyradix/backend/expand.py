@@ -14,6 +14,8 @@ from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import (
     KV,
     Array,
+    Index,
+    IndexSpec,
     LatentSpec,
     LatentWeights,
     LayerBody,
@@ -29,7 +31,8 @@ FUSED = ("add_rms_norm", "linear_gated")
 
 class Expansions:
     """Mixin for Ops. Needs add, rms_norm, linear and gated from the class it is mixed into, and a KV that is a list
-    with one entry per layer if `layers` is inherited too. `moe` and `attend_latent` are no expansions: they decline."""
+    with one entry per layer if `layers` is inherited too. `moe`, `attend_latent` and `attend_sparse` are no expansions:
+    they decline."""
 
     def add_rms_norm(self: Any, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]:
         total = self.add(residual, x)
@@ -45,6 +48,11 @@ class Expansions:
         self: Any, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec
     ) -> tuple[Array, KV]:
         raise Unsupported("mla")
+
+    def attend_sparse(
+        self: Any, q: Array, c: Array, x: Index, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec, s: IndexSpec
+    ) -> tuple[Array, KV]:
+        raise Unsupported("indexer")
 
     def layers(
         self, bodies: Sequence[LayerBody], params: Sequence[dict[str, Weight]], carry: Any, kv: KV

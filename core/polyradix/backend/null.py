@@ -28,6 +28,8 @@ from polyradix.backend.protocol import (
     Found,
     Heads,
     HostArray,
+    Index,
+    IndexSpec,
     KVSpec,
     LatentSpec,
     LatentWeights,
@@ -82,6 +84,11 @@ class NullOps(Expansions):
         return q, kv
 
     def attend_latent(self, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec) -> tuple[Array, KV]:
+        return q, kv
+
+    def attend_sparse(
+        self, q: Array, c: Array, x: Index, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec, s: IndexSpec
+    ) -> tuple[Array, KV]:
         return q, kv
 
     def gated(self, x: Array, kind: Literal["silu"]) -> Array:

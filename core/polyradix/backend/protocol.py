@@ -9,7 +9,7 @@ Rules every backend keeps:
 * KV is a linear value. A call that takes a KV and returns one has consumed the old handle. Backends may mutate in place
   and return the same object, or donate; the core uses only the newest handle.
 * Page 0 is scratch: padding rows write there and nobody reads it. Page ids and slots are never negative.
-* `attend` and `attend_latent` write this batch's rows into the cache first and read afterwards.
+* `attend`, `attend_latent` and `attend_sparse` write this batch's rows into the cache first and read afterwards.
 * Activations are in the model's dtype, norm statistics and softmax in float32, logits always float32. Graphs use no
   arithmetic operators; every computation is a verb.
 * When `caps.batch_invariant` is true, the result for one token does not depend on what else is in the batch: the core
@@ -131,7 +131,8 @@ class KVSpec:
     """Shape of the paged cache: per layer `parts` times [pages, page_size, kv_heads, head_dim].
 
     Parts of kind `full` are k and v. Kind `latent` has one part, the rows of `attend_latent`: kv_heads is 1 and
-    head_dim is LatentSpec's rank + rope; every rank holds all of it.
+    head_dim is LatentSpec's rank + rope; every rank holds all of it. Rows of `attend_sparse` have `index` columns more,
+    IndexSpec's dim, which head_dim includes; a backend may keep them apart.
     """
 
     layers: int
@@ -140,6 +141,7 @@ class KVSpec:
     page_size: int
     dtype: DType
     kind: Literal["full", "latent"] = "full"
+    index: int = 0
 
     @property
     def parts(self) -> int:
@@ -225,6 +227,39 @@ class LatentWeights:
 
 
 @dataclass(frozen=True)
+class IndexSpec:
+    """Which rows a token of `attend_sparse` sees: the `top_k` that the indexer, a small attention, scores highest.
+
+    Each row has a key: k [T,dim] less its mean, divided by sqrt(variance + eps), times norm's weight, plus its bias.
+    The first LatentSpec.rope columns of the key and of every head of q [T,heads*dim] are rotated, half-split, by the
+    table of LatentWeights; both are rounded to the dtype of q, and the key goes to the cache behind its row. In
+    float32, with weights [T,heads],
+
+        score[s] = sum over heads h of weights[h] * max(0, q[h] . key[s])
+
+    Of the rows up to a token's own, the `top_k` with the largest scores are seen, or all if there are no more. Of equal
+    scores the lower position wins. Every rank holds all of this and selects the same rows.
+    Source: the report on DeepSeek-V3.2-Exp, equations 1 and 2; factors that all scores of a token share are left out.
+    """
+
+    heads: int
+    dim: int
+    top_k: int
+    eps: float
+
+
+@dataclass(frozen=True)
+class Index:
+    """What `attend_sparse` selects by, see IndexSpec: q, k and weights as projections gave them, and the norm [dim], of
+    kind norm with a bias."""
+
+    q: Array
+    k: Array
+    weights: Array
+    norm: Weight
+
+
+@dataclass(frozen=True)
 class MoeSpec:
     """How `moe` sends each token to `top_k` of `experts`. All of it is float32, never rounded to the dtype of x.
 
@@ -304,6 +339,9 @@ class Ops(Protocol):
     # q [T,Hq/tp*(nope+rope)] not yet rotated and c [T,R+rope] neither normed nor rotated -> [T,Hq/tp*v]
     def attend_latent(
         self, q: Array, c: Array, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[Array, KV]: ...
+    def attend_sparse(  # attend_latent over the rows that `s` selects
+        self, q: Array, c: Array, x: Index, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec, s: IndexSpec
     ) -> tuple[Array, KV]: ...
     def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
     # The sum over a row's chosen experts of weight * down(gated(gate_up(row))), taken in float32, over tp too. Experts

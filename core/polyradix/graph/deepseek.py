@@ -1,20 +1,27 @@
-"""DeepSeek-V2, V3 and R1, and Mistral Large 3: their configs. Graph and parameters are those of mla.py and moe.py."""
+"""DeepSeek-V2, V3, R1, V3.2 and Mistral Large 3: their configs. Graph and parameters are those of mla.py and moe.py."""
 
 from __future__ import annotations
 
-from polyradix.backend.protocol import LatentSpec, MoeSpec
+from polyradix.backend.protocol import IndexSpec, LatentSpec, MoeSpec
 from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
 from polyradix.graph.rope import Rope, magnitude, read_rope, scaling
 
-ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Mistral4ForCausalLM", "MistralLarge3ForCausalLM")
-_METHODS = {"DeepseekV2ForCausalLM": "greedy", "DeepseekV3ForCausalLM": "noaux_tc"}  # where a config does not say
+ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "Mistral4ForCausalLM",
+    "MistralLarge3ForCausalLM",
+)
+_V3 = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM")
+_METHODS = {"DeepseekV2ForCausalLM": "greedy", **dict.fromkeys(_V3, "noaux_tc")}  # where a config does not say
 _FIELDS = {"groups": "n_group", "top_groups": "topk_group", "top_k": "num_experts_per_tok", "scoring": "scoring_func"}
 
 
-def latent(c: Config, max_position: int) -> tuple[Latent, Rope]:
+def latent(c: Config, architecture: str, max_position: int) -> tuple[Latent, Rope]:
     """Attention, and the table of its rotated columns."""
     nope, turned = c.count("qk_nope_head_dim"), c.count("qk_rope_head_dim")
     if turned % 2:
@@ -35,7 +42,16 @@ def latent(c: Config, max_position: int) -> tuple[Latent, Rope]:
     )
     q_rank = None if c.values.get("q_lora_rank") is None else c.count("q_lora_rank")
     bias = c.get("attention_bias", bool, False)
-    return Latent(attention, q_rank, c.get("rope_interleave", bool, True), bias), rope
+    index = _index(c, turned) if architecture == "DeepseekV32ForCausalLM" else None
+    return Latent(attention, q_rank, c.get("rope_interleave", bool, True), bias, index), rope
+
+
+def _index(c: Config, turned: int) -> IndexSpec:
+    c.count("q_lora_rank")
+    dim = c.count("index_head_dim")
+    if dim < turned:
+        raise c.wrong("index_head_dim", f"at least qk_rope_head_dim ({turned})")
+    return IndexSpec(c.count("index_n_heads"), dim, c.count("index_topk"), eps=1e-6)
 
 
 def experts(c: Config, architecture: str, layers: int) -> Experts | None:
@@ -50,11 +66,10 @@ def experts(c: Config, architecture: str, layers: int) -> Experts | None:
 
 def _routing(c: Config, architecture: str) -> tuple[MoeSpec, bool]:
     """And whether the router has a selection bias."""
-    v3 = architecture == "DeepseekV3ForCausalLM"
     method = c.get("topk_method", str, _METHODS.get(architecture, "group_limited_greedy"))
     if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
         raise c.wrong("topk_method", "'greedy', 'group_limited_greedy' or 'noaux_tc'")
-    scoring = c.get("scoring_func", str, "sigmoid" if v3 else "softmax")
+    scoring = c.get("scoring_func", str, "sigmoid" if architecture in _V3 else "softmax")
     groups = 1 if method == "greedy" else c.count("n_group", 1)
     try:
         routing = MoeSpec(

@@ -100,7 +100,8 @@ class ModelSpec:
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
         if self.latent is not None:
             a = self.latent.attention
-            return KVSpec(self.layers, 1, a.rank + a.rope, page_size, dtype, "latent")
+            index = self.latent.index.dim if self.latent.index else 0
+            return KVSpec(self.layers, 1, a.rank + a.rope + index, page_size, dtype, "latent", index)
         return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype)
 
     def choose_dtype(self, asked: DType | Literal["auto"], offered: frozenset[str]) -> DType:
@@ -116,6 +117,7 @@ class ModelSpec:
             "window": self.window is not None,
             "moe": self.experts is not None,
             "mla": self.latent is not None,
+            "indexer": self.latent is not None and self.latent.index is not None,
         }
         return Needs(dtype, 0 if self.latent else self.heads.dim, frozenset(name for name, on in wanted.items() if on))
 
@@ -136,7 +138,7 @@ class ModelSpec:
 def _deepseek(c: Config, architecture: str, eos: tuple[int, ...]) -> ModelSpec:
     _refuse_unknown_parts(c)
     layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
-    latent, rope = deepseek.latent(c, max_position)
+    latent, rope = deepseek.latent(c, architecture, max_position)
     a = latent.attention
     return ModelSpec(
         architecture=architecture,

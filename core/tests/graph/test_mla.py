@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from polyradix.backend.capabilities import FEATURES, Capabilities, validate
-from polyradix.backend.protocol import KVSpec, LatentSpec, Memory, MoeSpec
+from polyradix.backend.protocol import IndexSpec, KVSpec, LatentSpec, Memory, MoeSpec
 from polyradix.graph.checkpoint import load_params, open_checkpoint
 from polyradix.graph.dense import param_specs, tensor_shapes
 from polyradix.graph.errors import CheckpointError, ModelError
@@ -47,6 +47,13 @@ V3: dict[str, Any] = {
     "topk_method": "noaux_tc",
     "num_nextn_predict_layers": 1,
     "torch_dtype": "float32",
+}
+V32 = {
+    **V3,
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "index_n_heads": 3,
+    "index_head_dim": 6,
+    "index_topk": 7,
 }
 V2 = {**V3, "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "softmax", "norm_topk_prob": False}
 LARGE: dict[str, Any] = {  # a params.json
@@ -168,6 +175,36 @@ def test_the_cache_parameters_and_needs() -> None:
     assert got.needs("float32").features == {"mla", "moe"}
     caps = Capabilities("x", "x", frozenset({"float32"}), (16,), 64, features=FEATURES - {"mla"})
     assert [reason.need for reason in validate(got.needs("float32"), caps)] == ["feature mla"]
+
+
+def test_the_indexer() -> None:
+    got = spec({k: v for k, v in V32.items() if k not in ("topk_method", "scoring_func")})
+    assert got.latent is not None
+    assert got.latent.index == IndexSpec(3, 6, 7, 1e-6)
+    assert (got.latent.attention, got.experts) == (latent(V3), spec(V3).experts)
+    assert got.kv_spec(16, "bfloat16") == KVSpec(2, 1, 15, 16, "bfloat16", "latent", 6)
+    assert got.needs("float32").features == {"indexer", "mla", "moe"}
+    own = tensor_shapes(got).items() - tensor_shapes(spec(V3)).items()
+    assert {(n.removeprefix("model.layers.1.self_attn.indexer."), s) for n, s in own if ".1." in n} == {
+        ("wq_b.weight", (18, 6)),
+        ("wk.weight", (6, 8)),
+        ("k_norm.weight", (6,)),
+        ("k_norm.bias", (6,)),
+        ("weights_proj.weight", (3, 8)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"q_lora_rank": None}, "q_lora_rank is missing; expected an integer"),
+        ({"index_topk": 0}, "index_topk is 0; expected an integer >= 1"),
+        ({"index_head_dim": 3}, r"index_head_dim is 3; expected at least qk_rope_head_dim \(4\)"),
+    ],
+)
+def test_mistakes_of_the_indexer_name_the_field(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        spec(V32, **change)
 
 
 def test_heads_and_shared_experts_are_what_ranks_share() -> None:

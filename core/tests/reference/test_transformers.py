@@ -57,6 +57,7 @@ DEEPSEEK = {
     "topk_group": 2,
     "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.9},
 }
+SPARSE = {**DEEPSEEK, "index_topk": 12, "index_head_dim": 24, "index_n_heads": 32}  # few heads would give scores of 0
 MISTRAL4 = {**DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,6 +89,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2-biased": ("DeepseekV2", {**DEEPSEEK, "topk_method": "greedy", "attention_bias": True}),
     "deepseek-v3": ("DeepseekV3", DEEPSEEK),
     "deepseek-v3-half-split": ("DeepseekV3", {**DEEPSEEK, "rope_interleave": False, "norm_topk_prob": False}),
+    "deepseek-v3.2": ("DeepseekV32", SPARSE),
+    "deepseek-v3.2-all-seen": ("DeepseekV32", {**SPARSE, "index_topk": PREFILL + STEPS}),
     "mistral-4": ("Mistral4", MISTRAL4),
     "qwen3-moe-window": ("Qwen3Moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 9}),
 }

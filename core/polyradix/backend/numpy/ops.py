@@ -7,6 +7,7 @@ order whatever else is there.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -22,6 +23,8 @@ from polyradix.backend.protocol import (
     AttnSpec,
     Collectives,
     Heads,
+    Index,
+    IndexSpec,
     LatentSpec,
     LatentWeights,
     MoeSpec,
@@ -115,18 +118,21 @@ class NumpyOps(Expansions):
     def attend_latent(
         self, q: Arr, c: Arr, kv: tuple[Arr], m: NumpyMeta, w: LatentWeights, a: LatentSpec
     ) -> tuple[Arr, tuple[Arr]]:
-        b, (rows,) = m.batch, kv
-        page_size = rows.shape[1]
-        q = q.reshape(len(q), -1, a.nope + a.rope)
-        q_rope, k = self.rope(q[..., a.nope :], c[:, None, a.rank :], w.table, m)
-        new = np.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), k[:, 0]], axis=1)
-        rows[b.slots // page_size, b.slots % page_size, 0] = new
-        out = np.empty((*q.shape[:2], a.v), q.dtype)
-        for s in range(b.num_seqs):
-            held = rows[b.pages[s, : -(-int(b.kv_len[s]) // page_size)]].reshape(-1, rows.shape[3]).astype(self._wide)
-            for t in range(b.cu_q[s], b.cu_q[s + 1]):
-                out[t] = self._latent_row(q[t, :, : a.nope], q_rope[t], held, int(b.positions[t]), w.up.value, a)
-        return out.reshape(len(q), -1), kv
+        return self._attend_rows(q, c, c[:, :0], kv, m, w, a, lambda t, held: held)
+
+    def attend_sparse(
+        self, q: Arr, c: Arr, x: Index, kv: tuple[Arr], m: NumpyMeta, w: LatentWeights, a: LatentSpec, s: IndexSpec
+    ) -> tuple[Arr, tuple[Arr]]:
+        key, asked = self._layer_norm(x.k, x.norm, s.eps), x.q.reshape(len(q), s.heads, s.dim)
+        turned = self.rope(asked[..., : a.rope], key[:, None, : a.rope], w.table, m)
+        key = np.concatenate([turned[1][:, 0], key[:, a.rope :]], axis=1)
+        asked = np.concatenate([turned[0], asked[..., a.rope :]], axis=2).astype(self._wide)
+        weights = x.weights.astype(self._wide)
+
+        def select(t: int, held: Arr) -> Arr:
+            return held[self._selected(asked[t], weights[t], held[: m.batch.positions[t] + 1, -s.dim :], s.top_k)]
+
+        return self._attend_rows(q, c, key, kv, m, w, a, select)
 
     def gated(self, x: Arr, kind: Literal["silu"]) -> Arr:
         if kind != "silu":
@@ -189,6 +195,44 @@ class NumpyOps(Expansions):
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
         return out.reshape(a.heads.q, a.heads.dim)
+
+    def _attend_rows(
+        self,
+        q: Arr,
+        c: Arr,
+        key: Arr,
+        kv: tuple[Arr],
+        m: NumpyMeta,
+        w: LatentWeights,
+        a: LatentSpec,
+        select: Callable[[int, Arr], Arr],
+    ) -> tuple[Arr, tuple[Arr]]:
+        """Writes the rows of c, each followed by that of key; then token t sees of the rows of its sequence those that
+        `select` gives it."""
+        b, (rows,) = m.batch, kv
+        page_size = rows.shape[1]
+        q = q.reshape(len(q), -1, a.nope + a.rope)
+        q_rope, k = self.rope(q[..., a.nope :], c[:, None, a.rank :], w.table, m)
+        new = np.concatenate([self.rms_norm(c[:, : a.rank], w.norm, a.eps), k[:, 0], key], axis=1)
+        rows[b.slots // page_size, b.slots % page_size, 0] = new
+        out = np.empty((*q.shape[:2], a.v), q.dtype)
+        for s in range(b.num_seqs):
+            held = rows[b.pages[s, : -(-int(b.kv_len[s]) // page_size)]].reshape(-1, rows.shape[3]).astype(self._wide)
+            for t in range(b.cu_q[s], b.cu_q[s + 1]):
+                seen = select(t, held)[:, : a.rank + a.rope]
+                out[t] = self._latent_row(q[t, :, : a.nope], q_rope[t], seen, int(b.positions[t]), w.up.value, a)
+        return out.reshape(len(q), -1), kv
+
+    def _layer_norm(self, x: Arr, w: Packed, eps: float) -> Arr:
+        f = np.ascontiguousarray(x, self._wide)
+        f = f - f.mean(axis=-1, keepdims=True)
+        root = np.sqrt(np.mean(f * f, axis=-1, keepdims=True) + self._wide.type(eps))
+        return _rounded(_biased(f / root * w.value, w), x)
+
+    def _selected(self, q: Arr, weights: Arr, keys: Arr, top_k: int) -> Arr:
+        """Of one query q [heads,dim] with weights [heads]: which of keys [L,dim] it sees, in their order."""
+        score = weights @ np.maximum(q @ np.ascontiguousarray(keys).T, 0)
+        return np.sort(np.argsort(-score, kind="stable")[:top_k])
 
     def _latent_row(self, nope: Arr, rope: Arr, held: Arr, position: int, up: Arr, a: LatentSpec) -> Arr:
         """One query [Hq,nope], [Hq,rope] over rows [L,rank+rope] in sequence order, absorbed: [Hq,v], unrounded."""
