@@ -65,5 +65,7 @@ def test_wide_activations_are_no_defect() -> None:
         backend.ops = NumpyOps(backend._wide, dict.fromkeys(backend._store, backend._wide))
         return backend
 
-    cases = [c for c in CASES if c.needs.dtype == "bfloat16" and c.layer in ("L0", "L1", "L2") and c.needs.tp == 1]
+    rough = [c for c in CASES if c.needs.dtype == "bfloat16" and c.needs.tp == 1]
+    cases = [c for c in rough if c.layer == "L2" or (c.layer == "L1" and "/normal/" in c.id)]
+    assert cases
     assert [r for r in run(cases, open) if not r.good] == []

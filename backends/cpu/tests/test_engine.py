@@ -21,7 +21,7 @@ from polyradix.engine.offline import Engine
 from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.schedule.params import SamplingParams
 
-SOAK_SECONDS = float(os.environ.get("POLYRADIX_SOAK_SECONDS", "15"))
+SOAK_SECONDS = float(os.environ.get("POLYRADIX_SOAK_SECONDS", "6"))
 TOPICS = ["rivers", "music", "the moon", "bread", "chess", "winter", "trains", "glass", "honey", "maps"]
 FORMS = (
     "Write one sentence about {}.",
