@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from polyradix_conformance.golden import MANIFEST, REBOUND, weights
+from polyradix_conformance.golden import BLOCK, MANIFEST, REBOUND, fp8, quantised, weights
 from polyradix_conformance.oracle import UNIT
 
 PROMPTS = (1, 15, 16, 17, 70)  # around the edges of pages
@@ -104,6 +104,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
             "mlp_bias": True,
             "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        },
+    ),
+    "llama-fp8": (
+        "Llama",
+        {
+            "intermediate_size": 256,
+            "quantization_config": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]},
+            **theta(10000.0),
         },
     ),
     "mistral": ("Mistral", {"sliding_window": 20, "num_hidden_layers": 3, **theta(10000.0)}),
@@ -192,7 +200,7 @@ def build(config: Any, dtype: Any, attention: str = "eager", seed: int = 0) -> A
     kind = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
     model = kind._from_config(config, **plain).eval()  # Mistral4 is not in AutoModelForCausalLM's table
     state = {
-        name: torch.from_numpy(weights(name, tuple(t.shape), seed).copy()).to(dtype)
+        name: value(config, name, tuple(t.shape), seed).to(dtype)
         for name, t in model.state_dict().items()
         if not tied(config, name)
     }
@@ -200,6 +208,15 @@ def build(config: Any, dtype: Any, attention: str = "eager", seed: int = 0) -> A
     assert not left.unexpected_keys
     assert all(tied(config, name) for name in left.missing_keys)
     return model
+
+
+def value(config: Any, name: str, shape: tuple[int, ...], seed: int) -> Any:
+    """float32"""
+    if not quantised(vars(config), name):
+        return torch.from_numpy(weights(name, shape, seed).copy())
+    codes, scale = fp8(name, shape, seed)
+    spread = torch.from_numpy(scale).repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]
+    return torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn).float() * spread
 
 
 def prompt(n: int, vocab: int) -> Any:

@@ -152,6 +152,8 @@ BODIES: tuple[Body, ...] = (whole, chunked, decode, mixed, compiled, rebound, ex
 
 
 def profile_of(golden: Golden) -> str:
+    if golden.config.get("quantization_config"):
+        return "quant"
     spec = golden.spec
     if spec.latent:
         return "sparse" if spec.latent.index else "mla"

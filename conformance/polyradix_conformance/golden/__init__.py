@@ -9,16 +9,18 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from polyradix.backend.sampling import mix
 from polyradix.graph.checkpoint import Checkpoint
+from polyradix.graph.checkpoint.quantised import dequantised
 from polyradix.graph.checkpoint.renamed import renamed
 from polyradix.graph.checkpoint.stacked import unstacked
 from polyradix.graph.spec import ModelSpec
@@ -82,15 +84,43 @@ class Golden:
             Checkpoint(
                 source=name,
                 config=self.config,
-                names=self.shapes.keys(),
-                read=lambda tensor: weights(tensor, self.shapes[tensor], seed),
+                names=self.shapes.keys() | {n + SCALE for n in self.shapes if quantised(self.config, n)},
+                read=lambda tensor: self._tensor(tensor, seed),
                 where=lambda tensor: name,
             )
         )
-        return unstacked(published)
+        return unstacked(dequantised(published))
+
+    def _tensor(self, name: str, seed: int) -> Arr:
+        plain = name.removesuffix(SCALE)
+        if not quantised(self.config, plain):
+            return weights(name, self.shapes[name], seed)
+        codes, scale = fp8(plain, self.shapes[plain], seed)
+        return codes if name == plain else scale
 
 
 REBOUND = 3
+SCALE = "_scale_inv"
+BLOCK = 128
+
+
+def quantised(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of a model with such a config is FP8."""
+    return bool(config.get("quantization_config")) and name.endswith("_proj.weight")
+
+
+@cache
+def fp8(name: str, shape: tuple[int, ...], seed: int) -> tuple[Arr, Arr]:
+    """The nearest codes to `weights`, and a scale for each BLOCK x BLOCK of them: of four bits, as codes have, so that
+    the values are exact in bfloat16."""
+    plain = weights(name, shape, seed)
+    out = np.zeros(shape, ml_dtypes.float8_e4m3fn)
+    scale = np.zeros([-(-n // BLOCK) for n in shape], np.float32)
+    for at in np.ndindex(scale.shape):
+        block = tuple(slice(BLOCK * i, BLOCK * i + BLOCK) for i in at)
+        scale[at] = (8 + 3 * sum(at) % 8) * 2.0 ** np.floor(np.log2(np.abs(plain[block]).max()) - 10)
+        out[block] = (plain[block] / scale[at]).astype(out.dtype)
+    return out, scale
 
 
 @cache

@@ -33,6 +33,23 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
     "torch_dtype": "float32",
 }
+EXPERTS = {
+    **CONFIG,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+LATENT = {
+    **CONFIG,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_attention_heads": 2,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 Tensors = dict[str, HostArray]
 Writer = Callable[[str, tuple[int, ...]], tuple[Tensors, HostArray]]  # stem, [out, in] -> as stored, and its values
 RANDOM = np.random.default_rng(3)
@@ -142,19 +159,19 @@ def write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
     return folder
 
 
-def make(folder: Path, format: str) -> tuple[Path, Tensors, Path]:
+def make(folder: Path, format: str, config: dict[str, Any] = CONFIG) -> tuple[Path, Tensors, Path]:
     """A quantised folder, what is in it, and one with the same values as plain tensors."""
     quantisation, writer = FORMATS[format]
     stored, plain = Tensors(), Tensors()
-    for name, shape in tensor_shapes(ModelSpec.from_hf_config(CONFIG)).items():
+    for name, shape in tensor_shapes(ModelSpec.from_hf_config(config)).items():
         if "_proj" in name:
             parts, value = writer(name.removesuffix(".weight"), shape)
             stored |= parts
             plain[name] = value.astype(np.float32)
         else:
             stored[name] = plain[name] = RANDOM.normal(size=shape).astype(np.float32)
-    config = {**CONFIG, "quantization_config": quantisation}
-    return write(folder / "quantised", config, stored), stored, write(folder / "plain", CONFIG, plain)
+    told = {**config, "quantization_config": quantisation}
+    return write(folder / "quantised", told, stored), stored, write(folder / "plain", config, plain)
 
 
 def load(path: Path, backend: NumpyBackend | None = None) -> Params:
@@ -183,6 +200,28 @@ def test_a_backend_that_keeps_them_is_given_the_same_values(tmp_path: Path, form
     kept = {spec.name for spec in backend.taken if spec.quant}
     joined = {"qkv", "gate_up"} if format != "fp8-block-uneven" else set()  # its parts are no whole blocks
     assert kept == (set() if format == "gptq-order" else {"o", "down"} | joined)
+
+
+@pytest.mark.parametrize(
+    ("config", "format", "expected"),
+    [
+        (EXPERTS, "fp8-block", {"qkv", "o", "experts_gate_up", "experts_down"}),
+        (EXPERTS, "awq", {"qkv", "o", "experts_gate_up", "experts_down"}),
+        (LATENT, "compressed-channel", {"q_a", "q_b", "kv_a", "o", "gate_up", "down"}),
+        (LATENT, "fp8-block", {"q_a", "q_b", "kv_a", "o", "gate_up", "down"}),
+        (
+            {**LATENT, "qk_nope_head_dim": 12},
+            "fp8-block",
+            {"q_a", "kv_a", "o", "gate_up", "down"},
+        ),  # rows change blocks
+        (LATENT, "awq", {"q_a", "q_b", "kv_a", "o", "gate_up", "down"}),
+    ],
+)
+def test_experts_and_latent_attention(tmp_path: Path, config: dict[str, Any], format: str, expected: set[str]) -> None:
+    path, _, plain = make(tmp_path, format, config)
+    backend = Keeping()
+    close(load(path, backend), load(plain))
+    assert {spec.name for spec in backend.taken if spec.quant} == expected
 
 
 def test_the_log_says_what_becomes_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
