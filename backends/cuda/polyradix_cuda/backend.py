@@ -15,7 +15,7 @@ OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 @all_told(torch.cuda)
 class CudaBackend(GpuBackend):
     def __init__(self, index: int, capture: bool) -> None:
-        super().__init__("cuda", FEATURES - {"mla", "indexer"}, TritonOps(), index, capture)
+        super().__init__("cuda", FEATURES - {"indexer"}, TritonOps(), index, capture)
 
 
 def create(capture: bool, index: int) -> CudaBackend:

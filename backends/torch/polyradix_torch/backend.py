@@ -41,6 +41,8 @@ from polyradix_torch.quant import Codes, QuantLinear
 class TorchBackend(ABC):
     """Eager torch on one device. KV: per layer its parts, each [pages, page_size, kv_heads, head_dim]."""
 
+    wide = frozenset({"norm", "latent_up"})  # kinds of parameters that are kept in float32
+
     def __init__(self, caps: Capabilities, ops: Ops, device: str) -> None:
         self.caps, self.ops, self.device = caps, ops, device
         self.collectives: Collectives = Alone()
@@ -80,7 +82,7 @@ class TorchBackend(ABC):
             return self._router(spec, weight, bias)
         if spec.kind == "norm" and bias is not None:
             return weight.float(), bias.float()
-        return weight.float() if spec.kind in ("norm", "latent_up") else weight
+        return weight.float() if spec.kind in self.wide else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         per_layer = spec.parts * spec.page_size * spec.kv_heads * spec.head_dim

@@ -32,7 +32,7 @@ from polyradix_torch.errors import told
 from polyradix_torch.host import torch_dtype
 from polyradix_torch.pending import Pending
 from polyradix_torch.sample import sample
-from polyradix_torch.triton.attention import tile_rows
+from polyradix_torch.triton import attention, latent
 from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
 from polyradix_torch.triton.moe import Router
 from polyradix_torch.triton.ops import GpuMeta
@@ -52,7 +52,8 @@ class TritonBackend(TorchBackend):
     """Eager TritonOps on one device: the GPU, or a CPU with Triton's interpreter."""
 
     splits = 4  # parts that an eager decode cuts keys into
-    _page, _dim = 16, (128, 2)  # of the cache made last: its page size; its head size and bytes of one value
+    _page, _rows, _latent = 16, 64, False  # of the cache made last: page size, rows of a prefill's tile, its kind
+    wide = frozenset({"norm"})
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
         return weight
@@ -61,12 +62,14 @@ class TritonBackend(TorchBackend):
         return Router.of(weight, bias)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        self._page, self._dim = spec.page_size, (spec.head_dim, torch_dtype(spec.dtype).itemsize)
-        return super().alloc_kv(spec, pages)
+        kv, size = super().alloc_kv(spec, pages), torch_dtype(spec.dtype).itemsize
+        self._page, self._latent = spec.page_size, spec.kind == "latent"
+        self._rows = latent.tile_rows(size) if self._latent else attention.tile_rows(spec.head_dim, size)
+        return kv
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
         batch.check_prev(prev)
-        meta, source = upload(batch, self._page, tile_rows(*self._dim), self.splits, torch.device(self.device))
+        meta, source = upload(batch, self._page, self._rows, self.splits, torch.device(self.device), self._latent)
         if prev is not None:
             take_previous(meta.tokens, source, prev)
         return meta
@@ -121,13 +124,14 @@ class GpuBackend(TritonBackend):
         if not self._capture or limits is None or not batch.num_tokens == batch.num_seqs <= limits.max_seqs:
             return super().prepare(batch, prev)
         batch.check_prev(prev)
-        if self._static is None or (self._static.most, self._static.page) != (limits.max_seqs, self._page):
-            self._static = StaticBatch(limits, self._page, self._device)
-        self._static.load(batch)
+        kind, s = (limits.max_seqs, self._page, self._latent), self._static
+        if s is None or (s.most, s.page, s.latent) != kind:
+            self._static = s = StaticBatch(limits, self._page, self._device, self._latent)
+        s.load(batch)
         if prev is not None:
-            tokens, source = (self._static.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
+            tokens, source = (s.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
             take_previous(tokens, source, prev)
-        return Decode(self._static, batch.num_seqs)
+        return Decode(s, batch.num_seqs)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         ops, self._limits = self.ops, limits

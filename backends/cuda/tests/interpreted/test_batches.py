@@ -11,6 +11,7 @@ import torch
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import AttnSpec, Heads, Limits
 from polyradix_conformance.inputs import Part, Ragged
+from polyradix_torch.triton import latent
 from polyradix_torch.triton.capture import FIELDS, StaticBatch, sizes, splits_for
 from polyradix_torch.triton.ops import TritonOps
 from polyradix_torch.triton.upload import flat_pages, tiles, upload
@@ -51,6 +52,27 @@ def test_every_row_has_one_place(rows: int) -> None:
     for name in ("cu_q", "kv_len"):
         assert getattr(meta.paged, name).tolist() == getattr(batch, name).tolist()
     assert source.tolist() == batch.from_prev.tolist()
+
+
+@pytest.mark.parametrize("few", [1, 3, 4, 64])
+def test_every_row_is_absorbed_or_expanded(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latent, "FEW", few)
+    batch = RAGGED.batch(MIXED)
+    m = upload(batch, PAGE, 2, 3, CPU, absorb=True)[0]
+    tokens, placed = m.latent.tokens.tolist(), list(range(len(m.paged.single)))
+    for s, first, place in m.latent.few.tolist():
+        rows = range(batch.cu_q[s] + first, min(batch.cu_q[s] + first + latent.TOKENS, batch.cu_q[s + 1]))
+        assert tokens[place : place + len(rows)] == list(rows)
+        placed += range(place, place + len(rows))
+    assert sorted(placed) == list(range(len(tokens)))
+    for s, first in m.paged.tiles.tolist():
+        tokens += range(batch.cu_q[s] + first, min(batch.cu_q[s] + first + 2, batch.cu_q[s + 1]))
+    assert sorted(tokens) == list(range(batch.num_tokens))
+    at = 0
+    for s in m.latent.wide.tolist():
+        assert int(m.latent.starts[s]) == at
+        at += int(batch.kv_len[s])
+    assert (at, set(m.paged.tiles[:, 0].tolist())) == (m.latent.keys, set(m.latent.wide.tolist()))
 
 
 def test_static_batch_holds_the_batch_and_nothing_of_the_one_before() -> None:

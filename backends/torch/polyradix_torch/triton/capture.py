@@ -16,6 +16,7 @@ from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import Array, Limits, Ops, Params, Step
 from polyradix_torch.triton import prefix
 from polyradix_torch.triton.attention import Paged
+from polyradix_torch.triton.latent import Rows
 from polyradix_torch.triton.ops import GpuMeta
 from polyradix_torch.triton.upload import flat_pages, pinned
 
@@ -35,8 +36,8 @@ def splits_for(programs: int, processors: int) -> int:
 class StaticBatch:
     """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, then the pages of `page` tokens."""
 
-    def __init__(self, limits: Limits, page: int, device: torch.device) -> None:
-        self.most, self.page, self.device = limits.max_seqs, page, device
+    def __init__(self, limits: Limits, page: int, device: torch.device, latent: bool = False) -> None:
+        self.most, self.page, self.device, self.latent = limits.max_seqs, page, device, latent
         most, room = self.most, self.most * -(-limits.max_context // page) + 1
         self.buffer = torch.zeros(len(FIELDS) * most + room, dtype=torch.int32, device=device)
         self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
@@ -56,7 +57,7 @@ class StaticBatch:
             row[:n] = values
         host = pinned([rows, flat, np.zeros(1, np.int32)], self.device)
         self.buffer[: len(host)].copy_(host, non_blocking=True)
-        plan = prefix.plan(batch, np.arange(n, dtype=np.int32), self.page, self.most)
+        plan = None if self.latent else prefix.plan(batch, np.arange(n, dtype=np.int32), self.page, self.most)
         self.shared = plan is not None
         if plan is not None:
             self.plan.copy_(pinned([plan], self.device), non_blocking=True)
@@ -65,10 +66,12 @@ class StaticBatch:
         """The first `count` rows as a batch, with its plan or without."""
         f = {name: x[:count] for name, x in self.fields.items()}
         rows, pages = self.rows[:count], self.buffer[len(FIELDS) * self.most :]
-        none = rows[:0].view(0, 2)
+        none = rows[:0]
         plan = prefix.view(self.plan, self.most, count) if shared else None
-        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none, plan)
-        return GpuMeta(f["tokens"], f["positions"], f["slots"], rows.long(), paged)
+        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none.view(0, 2), plan)
+        return GpuMeta(
+            f["tokens"], f["positions"], f["slots"], rows.long(), paged, Rows(rows, none.view(0, 3), none, none)
+        )
 
 
 class Graphs:
@@ -87,7 +90,7 @@ class Graphs:
             self._bound, self._made, self._pool = bound, {}, None
         size = next(n for n in static.sizes if n >= seqs)
         first = not self._made and size >= prefix.LEAST_MEMBERS  # of all: both are made, so that kernels are compiled
-        for shared in {static.shared, static.shared or first}:
+        for shared in {static.shared, static.shared or (first and not static.latent)}:
             if (size, shared) not in self._made:
                 self._made[size, shared] = self._capture(params, kv, static, size, shared)
         graph, logits, _ = self._made[size, static.shared]

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from polyradix.backend.protocol import AttnSpec, Heads, MoeSpec, MoeWeights
-from polyradix_torch.triton import attention, moe, rows, skinny
+from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_torch.triton import attention, latent, moe, rows, skinny
 from polyradix_torch.triton.skinny import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -23,6 +23,7 @@ def every() -> Iterator[Launch]:
     yield from of_descriptors()
     yield from of_attention()
     yield from of_experts()
+    yield from of_latent()
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -110,6 +111,31 @@ def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
     weights = MoeWeights(router, empty(64, 2 * 1408, 2048, dtype=dtype), empty(64, 2048, 1408, dtype=dtype))
     spec = MoeSpec(64, 6, "sigmoid", True, 2.5, groups=8, top_groups=4, group_best=2)
     return lambda: moe.moe(empty(tokens, 2048, dtype=dtype), weights, spec)
+
+
+def of_latent() -> Iterator[Launch]:
+    """DeepSeek-V2-Lite's and V3's heads; in float32 the widest rank of conformance."""
+    for dtype, heads, counts in ((BF16, 16, (1, 64)), (BF16, 128, (64,)), (F32, 2, (4,))):
+        for count in counts:
+            yield f"{heads} latent heads {_name(dtype)} M{count}", absorbed(dtype, heads, count)
+
+
+def absorbed(dtype: torch.dtype, heads: int, count: int) -> Callable[[], Any]:
+    """`count` decodes, a prefill of 4 rows and one that is expanded."""
+    a, size = LatentSpec(heads, 512, 128, 64, 128, 192**-0.5, 1e-6), count + 4 + 512
+    q, c, cache = (empty(*n, dtype=dtype) for n in ((size, heads * 192), (size, 576), (256, 16, 1, 576)))
+    w = LatentWeights(empty(512, dtype=F32), empty(heads, 256, 512, dtype=dtype), empty(8192, 64, dtype=F32))
+    at = attention.Paged(
+        integers(count + 3),
+        integers(count + 2),
+        integers(count + 2),
+        integers(4096),
+        integers(count),
+        8,
+        integers(4, 2),
+    )
+    x = latent.Rows(integers(count + 4), integers(1, 3), integers(1), integers(count + 2), 512, 512)
+    return lambda: latent.attend(q, c, cache, integers(size), integers(size), at, x, w, a)
 
 
 def _name(dtype: torch.dtype) -> str:

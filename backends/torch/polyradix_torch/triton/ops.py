@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import AttnSpec, MoeSpec, MoeWeights
+from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
 from polyradix_torch.ops import Linear, Products
-from polyradix_torch.triton import attention, moe, rows, skinny
+from polyradix_torch.triton import attention, latent, moe, rows, skinny
 from polyradix_torch.triton.attention import Paged
 
 
@@ -24,10 +24,11 @@ class GpuMeta:
     slots: torch.Tensor  # [T]
     last: torch.Tensor  # [S]
     paged: Paged
+    latent: latent.Rows
 
 
 class TritonOps(Products):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place."""
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, or one."""
 
     def embed(self, w: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return F.embedding(m.tokens, w)
@@ -48,6 +49,11 @@ class TritonOps(Products):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
         rows.write(k, v, kv, m.slots)
         return attention.attend(q, k, v, kv, m.paged, a), kv
+
+    def attend_latent(
+        self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: GpuMeta, w: LatentWeights, a: LatentSpec
+    ) -> Any:
+        return latent.attend(q, c, kv[0], m.positions, m.slots, m.paged, m.latent, w, a), kv
 
     def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
         tile = skinny.chosen("linear", x, w.weight)

@@ -56,11 +56,12 @@ def add_rms_norm(
 
 
 @triton.jit
-def _turn(x, out, cos, sin, heads, D: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr):
+def turn(x, out, cos, sin, heads, STEP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr):
+    """D columns of each head, which are STEP apart in x and D in out."""
     h, d = tl.arange(0, PADDED)[:, None], tl.arange(0, HALF)[None, :]
     mask = (h < heads) & (d < D // 2)
-    a = tl.load(x + h * D + d, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(x + D // 2 + h * D + d, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(x + h * STEP + d, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + D // 2 + h * STEP + d, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + h * D + d, (a * cos - b * sin).to(out.dtype.element_ty), mask=mask)
     tl.store(out + D // 2 + h * D + d, (b * cos + a * sin).to(out.dtype.element_ty), mask=mask)
 
@@ -76,8 +77,8 @@ def _rope(
     angle = table + tl.load(positions + row).to(tl.int64) * D + d
     cos = tl.load(angle, mask=d < D // 2, other=0.0)
     sin = tl.load(angle + D // 2, mask=d < D // 2, other=0.0)
-    _turn(q + row * q_row, q_out + row * HQ * D, cos, sin, HQ, D, HALF, QP)
-    _turn(k + row * k_row, k_out + row * HK * D, cos, sin, HK, D, HALF, KP)
+    turn(q + row * q_row, q_out + row * HQ * D, cos, sin, HQ, D, D, HALF, QP)
+    turn(k + row * k_row, k_out + row * HK * D, cos, sin, HK, D, D, HALF, KP)
 
 
 def rope(

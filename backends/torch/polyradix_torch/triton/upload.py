@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from polyradix.backend.batch import I32, HostBatch
-from polyradix_torch.triton import prefix
+from polyradix_torch.triton import latent, prefix
 from polyradix_torch.triton.attention import Paged
 from polyradix_torch.triton.ops import GpuMeta
 
@@ -27,24 +27,46 @@ def flat_pages(batch: HostBatch, page: int) -> tuple[I32, I32]:
     return batch.pages[used], starts
 
 
-def tiles(batch: HostBatch, rows: int) -> I32:
-    """[n,2]: (sequence, first row) of every tile of `rows` query rows, for sequences of more than one."""
+def tiles(batch: HostBatch, rows: int, least: int = 2, most: int = 1 << 31) -> I32:
+    """[n,2]: (sequence, first row) of every tile of `rows` query rows, for sequences of `least` to `most` of them."""
     lengths = np.diff(batch.cu_q)
-    counts = np.where(lengths > 1, -(-lengths // rows), 0)
+    counts = np.where((lengths >= least) & (lengths <= most), -(-lengths // rows), 0)
     seqs = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     first = np.arange(len(seqs)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.stack([seqs, first * rows], axis=1).astype(np.int32)
 
 
-def upload(batch: HostBatch, page: int, rows: int, splits: int, device: torch.device) -> tuple[GpuMeta, torch.Tensor]:
-    """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]."""
+def latent_rows(batch: HostBatch, single: I32) -> tuple[list[I32], int, int]:
+    """Fields of latent.Rows, one after another."""
+    few = tiles(batch, latent.TOKENS, most=latent.FEW)
+    lengths, starts = np.diff(batch.cu_q), np.zeros(batch.num_seqs, np.int32)
+    seqs = np.unique(few[:, 0])
+    tokens = [batch.cu_q[single], *(np.arange(batch.cu_q[s], batch.cu_q[s + 1], dtype=np.int32) for s in seqs)]
+    before = len(single) + np.cumsum(lengths[seqs]) - lengths[seqs]
+    place = before[np.searchsorted(seqs, few[:, 0])] + few[:, 1]
+    wide = np.flatnonzero(lengths > latent.FEW).astype(np.int32)
+    keys = batch.kv_len[wide]
+    starts[wide] = np.cumsum(keys) - keys
+    fields = [np.concatenate(tokens), np.column_stack([few, place]).astype(np.int32), wide, starts]
+    return fields, int(keys.sum()), int(keys.max(initial=0))
+
+
+def upload(
+    batch: HostBatch, page: int, rows: int, splits: int, device: torch.device, absorb: bool = False
+) -> tuple[GpuMeta, torch.Tensor]:
+    """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]. With `absorb`, latent
+    attention may absorb: it has no tiles for short prefills, and no keys are read once for many sequences."""
     pages, starts = flat_pages(batch, page)
     single = np.flatnonzero(np.diff(batch.cu_q) == 1).astype(np.int32)
-    shared = prefix.plan(batch, single, page, len(single))
+    shared = None if absorb else prefix.plan(batch, single, page, len(single))
+    fields, keys, longest = latent_rows(batch, single) if absorb else ([single[:0]] * 4, 0, 0)
+    least = latent.FEW + 1 if absorb else 2
     parts = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts]
-    parts += [pages, single, tiles(batch, rows), single[:0] if shared is None else shared]
+    parts += [pages, single, tiles(batch, rows, least), single[:0] if shared is None else shared, *fields]
     whole = pinned(parts, device).to(device, non_blocking=True).split([p.size for p in parts])
-    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile, plan = whole
+    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile, plan, *rest = whole
     view = None if shared is None else prefix.view(plan, len(one), len(one))
+    absorbed, few, wide, begin = rest
     paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2), view)
-    return GpuMeta(tokens, positions, slots, last, paged), source
+    which = latent.Rows(absorbed, few.view(-1, 3), wide, begin, keys, longest)
+    return GpuMeta(tokens, positions, slots, last, paged, which), source
