@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -48,12 +49,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from polyradix.serve.check import check
+    from polyradix.serve.check import Question, check, text
 
-    given = (args.model, args.device, args.dtype, args.load_format, args.page_size, args.emulate)
-    lines, good = check(*given, tp=args.tp)
-    print("\n".join(lines))
-    return 0 if good else 1
+    report = check(Question(**{f.name: getattr(args, f.name) for f in fields(Question)}))
+    print(json.dumps(report, indent=1) if args.json else "\n".join(text(report)))
+    return 1 if report["reasons"] else 0
 
 
 def _devices(args: argparse.Namespace) -> int:
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="say whether a model can run on a device, reading no weights", formatter_class=_Defaults
     )
     _model_options(check)
+    _forecast_options(check)
     check.set_defaults(run=_check)
     devices = commands.add_parser("devices", help="list the backends found, and why others are not usable")
     devices.set_defaults(run=_devices)
@@ -120,6 +121,16 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--tp", type=int, default=1, help="tensor-parallel ranks the model is split over")
     add("--page-size", type=int, help="tokens per KV page; the backend's best if not given")
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
+
+
+def _forecast_options(p: argparse.ArgumentParser) -> None:
+    add = p.add_argument
+    add("--context", type=int, help="tokens that a sequence holds; 4096 or the model's if not given")
+    add("--seqs", type=int, default=64, help="sequences of the larger decode")
+    add("--peak-bandwidth", type=float, metavar="GB/s", help="of one device, for the least time of a step")
+    add("--peak-flops", type=float, metavar="GFLOP/s", help="of one device")
+    add("--ceilings", type=Path, metavar="FILE", help="what `conform perf -o` wrote, instead of these two")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _engine_options(p: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
@@ -83,6 +84,31 @@ def test_check(model: Path) -> None:
     bad = command(*args, "--page-size", "7")
     assert bad.returncode == 1
     assert "page size 7" in bad.stdout
+
+
+def test_check_forecasts(model: Path, tmp_path: Path) -> None:
+    """Ceilings of 1e9 bytes and of 1e9 operations a second: a step takes the larger of both numbers, in seconds."""
+    file = tmp_path / "perf.json"
+    file.write_text(json.dumps({"ceilings": {"read_gb_s": 1.0, "gflop_s": {"float32": 1.0}}}))
+    args = ("check", "--model", str(model), "--load-format", "dummy", "--device", "numpy", "--context", "100")
+    out = command(*args, "--ceilings", str(file), "--peak-flops", "2", "--seqs", "3", "--json")
+    report = json.loads(out.stdout)
+    assert report["ceilings"] == {"read_gb_s": 1.0, "gflop_s": 2.0, "source": f"given and {file}"}
+    assert [(s["step"], s["seqs"], s["tokens"]) for s in report["steps"]] == [
+        ("decode", 1, 1),
+        ("decode", 3, 3),
+        ("prefill", 1, 100),
+    ]
+    for s in report["steps"]:
+        times = {"memory": s["bytes"] / 1e9, "compute": s["flops"] / 2e9}
+        assert s["seconds"] == pytest.approx(max(times.values()))
+        assert s["tokens_per_s"] == pytest.approx(s["tokens"] / max(times.values()))
+        assert times[s["bound"]] == max(times.values())
+    assert report["verbs"]["attend"] == "own"
+    assert report["verbs"]["linear_gated"] == "expansion"
+    assert report["kv_sequence"] == 7 * report["kv_page"]
+    for bad, said in ((("--context", "513"), "context is 513; expected at most"), (("--peak-flops", "2"), "peak_band")):
+        assert said in failed(command(*args, *bad))
 
 
 @pytest.mark.parametrize(
