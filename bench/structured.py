@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from polyradix.backend.batch import SampleBatch
+from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.null import NullBackend
 from polyradix.engine.config import EngineConfig
 from polyradix.engine.core import EngineCore
@@ -81,27 +81,43 @@ def jump(device: str, rounds: int) -> None:
     for name, schema in (("fixed keys", FIXED), ("strings and lists too", MIXED)):
         for batch in (1, 16):
             engines = {way: Engine("demo", device=device, jump_forward=way, progress=False) for way in (False, True)}
+            shapes = {way: count_chunks(engine.core) for way, engine in engines.items()}
             seconds: dict[bool, list[float]] = {False: [], True: []}
             for turn in range(rounds + 1):
                 prompts = [f"Review {turn}-{i}: the lamp broke after two days. As JSON: " for i in range(batch)]
                 texts = []
                 for way, engine in engines.items():
                     engine.generate(prompts, max_tokens=1)  # into the prefix cache: decoding is what is timed
-                    before, begin = engine.core.stats().steps, time.perf_counter()
+                    shapes[way].clear()
+                    begin = time.perf_counter()
                     done = engine.generate(
                         prompts, grammar={"kind": "json_schema", "source": json.dumps(schema)}, temperature=0.0,
                         max_tokens=200,
                     )  # fmt: skip
                     seconds[way] += [time.perf_counter() - begin] if turn else []
-                    texts.append(([c.text for c in done], engine.core.stats().steps - before))
-                equal = texts[0][0] == texts[1][0]
+                    texts.append([c.text for c in done])
+                equal = texts[0] == texts[1]
             plain, fast = (float(np.median(seconds[way])) for way in (False, True))
             print(
-                f"{name}, batch {batch}: {plain:.2f} s, with jump-forward {fast:.2f} s: {plain / fast:.2f} times; "
-                f"steps {texts[0][1]} and {texts[1][1]}; texts equal: {equal}; {len(done[0].tokens)} tokens, as "
-                f"{done[0].text[:60]}",
+                f"{name}, batch {batch}: {plain:.3f} s, with jump-forward {fast:.3f} s: {plain / fast:.2f} times; "
+                + "steps "
+                + " and ".join(f"{len(s)} ({sum(s)} with chunks)" for s in shapes.values())
+                + f"; texts equal: {equal}; {len(done[0].tokens)} tokens, as {done[0].text[:60]}",
                 flush=True,
             )
+
+
+def count_chunks(core: EngineCore) -> list[bool]:
+    """Of every step from now on, whether a row has more than one token."""
+    steps: list[bool] = []
+    prepare = core.backend.prepare
+
+    def counted(batch: HostBatch, prev: Any = None) -> Any:
+        steps.append(batch.num_tokens > batch.num_seqs)
+        return prepare(batch, prev)
+
+    core.backend.prepare = counted  # type: ignore[method-assign]
+    return steps
 
 
 def free_row_ms(step_seconds: float, free: int, grammars: int, jump_forward: bool, seconds: float = 6.0) -> float:

@@ -100,6 +100,7 @@ class EngineCore:
                 fair=config.fair,
                 chunk=config.chunked_prefill_size,
                 conservativeness=config.schedule_conservativeness,
+                single_rows=bool(caps.decode_sizes),  # such steps may be captured
             )
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))

@@ -14,7 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -186,7 +186,7 @@ def _tokenizer(words: Vocabulary, vocab: int, eos: frozenset[int]) -> Any:
         def __call__(self, text: str | bytes) -> list[int]:
             return encode(text if isinstance(text, str) else text.decode())
 
-    encode = Exact(words)
+    encode = lru_cache(1024)(Exact(words))  # the same keys are forced again and again
     return LLTokenizer(TokenizerWrapper(Words()), n_vocab=vocab, eos_token=ends)
 
 

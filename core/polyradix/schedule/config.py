@@ -12,7 +12,8 @@ from polyradix.schedule.queue import Policy
 @dataclass(frozen=True)
 class SchedulerConfig:
     """`pages` includes scratch page 0. `max_tokens` is one step's budget, and `chunk` that of its prefill alone;
-    `max_context` counts prompt and outputs. `conservativeness` scales how many pages are left for outputs to come."""
+    `max_context` counts prompt and outputs. `conservativeness` scales how many pages are left for outputs to come. With
+    `single_rows`, prefill that fits into one or two steps of `max_seqs` tokens is rows of one token."""
 
     page_size: int
     pages: int
@@ -25,6 +26,7 @@ class SchedulerConfig:
     fair: bool = False
     chunk: int | None = None
     conservativeness: float = 1.0
+    single_rows: bool = False
 
     def __post_init__(self) -> None:
         least = {"page_size": 1, "pages": 2, "max_seqs": 1, "max_tokens": self.max_seqs, "max_context": 2}

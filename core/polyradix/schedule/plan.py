@@ -21,6 +21,7 @@ LogProbArrays: TypeAlias = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values
 @dataclass(frozen=True)
 class Plan:
     """One step of S rows: decode rows first, in the order in which requests began to decode, then prefill chunks.
+    Chunks of one request follow each other.
 
     Every row is sampled; the sample of a chunk that is not a prefill's last means nothing and `apply` skips it.
     """
@@ -125,6 +126,9 @@ class RowTable:
         table past it. `applied`: the newest plan whose samples the host has. Every request that decodes is in every
         plan until it ends, so a token unknown to the host is a sample of the plan before this one."""
         start = self.computed[slots]
+        for row, count in enumerate(chunks[:-1], len(slots) - len(chunks)):
+            if rows[row + 1] is rows[row]:
+                start[row + 1] = start[row] + count
         host = self._host(rows, slots, start, chunks, applied)
         self.computed[slots] = host.kv_len
         self.source_plan[slots] = number

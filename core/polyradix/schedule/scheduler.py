@@ -29,6 +29,8 @@ from polyradix.schedule.plan import Finish, LogProbArrays, Output, Plan, RowTabl
 from polyradix.schedule.queue import OUTPUT_WEIGHT, WaitingQueue
 from polyradix.schedule.request import Request
 
+SPREAD = 2  # steps of single rows, at most, in place of one with chunks
+
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
@@ -100,10 +102,11 @@ class Scheduler:
         if not rows and not chunks:
             return None
         decoding = len(self._decoding)
-        if chunks:
-            rows = rows + [req for req, _ in chunks]
-            slots = np.concatenate((slots, np.array([req.slot for req, _ in chunks], np.int32)))
-        plan = self._table.build(self._launched + 1, rows, slots, [n for _, n in chunks], self._applied)
+        parts = self._parts(chunks, self.config.max_seqs - len(rows))
+        if parts:
+            rows = rows + [req for req, _ in parts]
+            slots = np.concatenate((slots, np.array([req.slot for req, _ in parts], np.int32)))
+        plan = self._table.build(self._launched + 1, rows, slots, [n for _, n in parts], self._applied)
         self._launched += 1
         self._estimate.fade()
         self._flight.append(plan)
@@ -273,6 +276,12 @@ class Scheduler:
             out.append((req, n))
             budget -= n
         return out
+
+    def _parts(self, chunks: list[tuple[Request, int]], room: int) -> list[tuple[Request, int]]:
+        """What of these chunks goes into the next plan, with `room` for more rows; see SchedulerConfig.single_rows."""
+        if not self.config.single_rows or sum(n for _, n in chunks) > SPREAD * room:
+            return chunks
+        return [(req, 1) for req, n in chunks for _ in range(n)][:room]
 
     def _prefills(self) -> Iterator[Request]:
         """What is begun and, admitted when asked for, what waits: the most important first, begun before new."""

@@ -183,6 +183,7 @@ def test_what_runs_before_there_is_traffic(make: Any, monkeypatch: pytest.Monkey
     core = make(kv_pages=None, backend=Warmed())
     assert seen[seen.index(9) :] == [9, (24, 8, 8), "memory", 100, (8, 8, 8), (4, 4, 4), (2, 2, 2), (1, 1, 1)]
     assert list(core.timeline.seconds) == ["open", "weights", "largest step", "cache", "decode sizes"]
+    assert core.scheduler.config.single_rows
     _submit(core, 3)
     assert len(_drain(core)) == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_outputs_are_equal_in_fewer_steps(folder: Path, temperature: float) -> N
         jsonschema.validate(json.loads(text), SCHEMA)
     plain, plain_overlapped, jumping, jumping_overlapped = [steps for _, steps in results]
     assert jumping < jumping_overlapped < min(plain, plain_overlapped)
+
+
+def test_jumps_may_be_rows_of_one_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where steps of such rows are captured: the same tokens, and no chunk that fits into rows is left."""
+    plain, jumping = _engine(folder, False, True), _engine(folder, True, True, max_seqs=24)
+    core = jumping.core
+    monkeypatch.setattr(core.scheduler, "config", replace(core.scheduler.config, single_rows=True))
+    shapes: list[tuple[int, int]] = []
+    prepare = core.backend.prepare
+    monkeypatch.setattr(core.backend, "prepare", lambda b, prev: shapes.append(b.sizes[:2]) or prepare(b, prev))
+    assert _texts(jumping) == _texts(plain)
+    assert core.stats().jumped_tokens > 0
+    assert max(rows for _, rows in shapes) > 3
+    assert all(tokens == rows for tokens, rows in shapes)
+    core.scheduler.check()
 
 
 def _texts(engine: Engine, **params: Any) -> list[Any]:

@@ -32,6 +32,7 @@ class Traffic(RuleBasedStateMachine):
         fair=st.booleans(),
         chunk=st.sampled_from([None, None, 1, 7]),
         conservativeness=st.sampled_from([0.0, 1.0, 50.0]),
+        single_rows=st.booleans(),
     )
     def start(self, page_size, pages, max_seqs, spare, max_context, depth, **options) -> None:
         self.depth = depth

@@ -47,6 +47,24 @@ def test_a_long_prompt_is_chunked_and_decodes_come_first():
     d.verify(long)
 
 
+def test_a_short_prefill_is_rows_of_one_token_where_the_device_prefers_them():
+    d = device(single_rows=True)
+    a = d.add("a", [1, 2, 3, 4, 5], max_tokens=9)
+    assert chunk_sizes(d.step()) == [1] * 5
+    b, c = d.add("b", [6, 7, 8], max_tokens=9), d.add("c", [9, 8, 7, 6], max_tokens=9)
+    plan = d.step()
+    assert rids(plan) == ["a", *["b"] * 3, *["c"] * 4]
+    assert plan.host.kv_len.tolist() == [6, 1, 2, 3, 1, 2, 3, 4]
+    long = d.add("long", list(range(11)))
+    assert chunk_sizes(d.step()) == [1, 1, 1, 11]
+    spread = d.add("spread", list(range(20, 28)))
+    assert rids(d.step()) == ["a", "b", "c", "long", *["spread"] * 4]
+    assert rids(d.step())[-4:] == ["spread"] * 4
+    d.drain(depth=2)
+    for req in (a, b, c, long, spread):
+        d.verify(req)
+
+
 def test_prefill_under_way_goes_before_new_requests():
     d = device(max_tokens=10)
     d.add("a", list(range(15)))
