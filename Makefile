@@ -18,6 +18,7 @@ BIN := .venv/bin
 CORE := .venv-core/bin
 TPU := .venv-tpu/bin
 AOT := .venv-aot/bin
+AITER := .venv/amd_aiter-0.1.7.post2.dev18-py3-none-any.whl
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
             backends/tpu/polyradix_tpu backends/rocm/polyradix_rocm \
             conformance/polyradix_conformance
@@ -72,8 +73,14 @@ tests: .venv/tested
 tests-triton: .venv/tested
 	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted backends/cuda/tests/aot
 
-tests-rocm: .venv/tested
-	$(call pytest,$(BIN)) backends/rocm/tests --ignore=backends/rocm/tests/gpu
+tests-rocm: .venv/tested $(AITER)
+	POLYRADIX_AMD_AITER=$(AITER) $(call pytest,$(BIN)) backends/rocm/tests --ignore=backends/rocm/tests/gpu
+	for profile in dense moe mla; do $(BIN)/conform run --backend rocm --emulate --profile $$profile -o .venv/rocm-$$profile.json; done
+	$(BIN)/conform verify .venv/rocm-*.json
+
+# AMD's kernels for ROCm, whose sources the tests read and never run: no dependency of anything.
+$(AITER): .venv/installed
+	$(BIN)/pip download -q --no-deps -d $(@D) amd-aiter==0.1.7.post2.dev18
 
 tests-tpu: export XLA_FLAGS := --xla_backend_optimization_level=0
 tests-tpu: .venv-tpu/tested

@@ -10,6 +10,8 @@ from polyradix.backend.protocol import Backend, Found
 
 DRIVER = Path("/dev/kfd")
 ARCHS = {"gfx942": "MI300X, MI300A, MI325X", "gfx950": "MI350X, MI355X"}  # that kernels are compiled for in the tests
+VERSIONS = ("0.1.10", "0.1.20")  # of AITER
+PLATFORMS = ("auto", "cpu", "gpu")
 
 
 class Entry:
@@ -21,22 +23,43 @@ class Entry:
         missing = [name for name in ("torch", "triton") if find_spec(name) is None]
         if missing:
             return Found(False, f"{' and '.join(missing)} not installed")
-        if not DRIVER.exists():
-            return Found(False, f"no AMD driver ({DRIVER})")
-        return Found(True, f"AMD driver found ({DRIVER})", rank=20)
+        if DRIVER.exists():
+            return Found(True, f"AMD driver found ({DRIVER})", rank=20)
+        detail = f"no AMD driver ({DRIVER}); runs with AITER simulated with --emulate"
+        return Found(True, detail, rank=-1, emulated=True, options={"simulate": "gfx942"})
 
-    def create(self, capture: bool | int = True, index: int = 0) -> Backend:
-        """`capture` 0 runs every step eagerly. `index` is the GPU's. Raises RuntimeError when it cannot be used."""
-        from polyradix_rocm.backend import create
+    def create(
+        self,
+        capture: bool | int = True,
+        index: int = 0,
+        simulate: str = "",
+        aiter: str = "0.1.20",
+        platform: str = "auto",
+    ) -> Backend:
+        """`capture` 0 runs every step eagerly. `index` is the GPU's. `simulate` is the architecture to simulate AITER
+        for, in version `aiter`, on `platform`: cpu, gpu (any that torch has), or auto. Raises RuntimeError when the GPU
+        cannot be used."""
+        _choice("simulate", simulate, ("", *ARCHS))
+        _choice("aiter", aiter, VERSIONS)
+        _choice("platform", platform, PLATFORMS)
+        from polyradix_rocm import backend
 
-        return create(bool(capture), index)
+        return backend.emulate(simulate, aiter, platform) if simulate else backend.create(bool(capture), index)
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(filter(None, allowed))}")
+
+
+def check_torch(torch: Any) -> None:
+    """Raises RuntimeError for a torch without ROCm."""
+    if torch.version.hip is None:
+        raise RuntimeError(f"torch {torch.__version__} is not built for ROCm: install one from pytorch.org that is")
 
 
 def arch_of(torch: Any, index: int) -> str:
-    """The architecture of GPU `index`, for example gfx942. Raises RuntimeError for a torch without ROCm and for an
-    architecture that no kernel was compiled for."""
-    if torch.version.hip is None:
-        raise RuntimeError(f"torch {torch.__version__} is not built for ROCm: install one from pytorch.org that is")
+    """The architecture of GPU `index`, for example gfx942. Raises RuntimeError for one without kernels."""
     arch = str(torch.cuda.get_device_properties(index).gcnArchName).partition(":")[0]
     if arch not in ARCHS:
         known = ", ".join(f"{name} ({chips})" for name, chips in ARCHS.items())

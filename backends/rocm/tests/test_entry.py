@@ -22,11 +22,14 @@ def test_import_and_probe_load_no_framework() -> None:
 
 def test_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "DRIVER", tmp_path / "kfd")
-    assert (entry.probe().available, entry.probe().detail) == (False, f"no AMD driver ({tmp_path / 'kfd'})")
-    with pytest.raises(DeviceUnavailable, match="device 'rocm' cannot be used: no AMD driver"):
+    found = entry.probe()
+    assert (found.available, found.emulated, found.rank) == (True, True, -1)
+    assert found.detail.startswith(f"no AMD driver ({tmp_path / 'kfd'}); runs with AITER simulated")
+    with pytest.raises(DeviceUnavailable, match=r"device 'rocm' cannot be used: no AMD driver .* with --emulate"):
         open_backend("rocm")
     (tmp_path / "kfd").touch()
-    assert (entry.probe().available, entry.probe().rank) == (True, 20)
+    found = entry.probe()
+    assert (found.available, found.emulated, found.rank) == (True, False, 20)
     monkeypatch.setattr(device, "find_spec", lambda name: None if name == "triton" else find_spec(name))
     assert (entry.probe().available, entry.probe().detail) == (False, "triton not installed")
 
@@ -44,9 +47,28 @@ def test_arch() -> None:
     with pytest.raises(RuntimeError, match=r"GPU 1 is a gfx1100; expected one of: gfx942 \(MI300X, .*gfx950"):
         device.arch_of(fake("gfx1100"), 1)
     with pytest.raises(RuntimeError, match=r"torch 2\.11 is not built for ROCm: install one"):
-        device.arch_of(fake("gfx942", None), 0)
+        device.check_torch(fake("gfx942", None))
 
 
 def test_this_torch_is_refused() -> None:
     with pytest.raises(RuntimeError, match="is not built for ROCm"):
         entry.create()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"simulate": "gfx90a"}, "simulate is 'gfx90a'; expected one of gfx942, gfx950"),
+        ({"aiter": "0.1.7"}, "aiter is '0.1.7'; expected one of 0.1.10, 0.1.20"),
+        ({"platform": "tpu"}, "platform is 'tpu'; expected one of auto, cpu, gpu"),
+    ],
+)
+def test_wrong_options_are_named(option: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        entry.create(**{"simulate": "gfx942", **option})  # type: ignore[arg-type]
+
+
+def test_emulated_says_so() -> None:
+    backend = open_backend("rocm", emulate=True, simulate="gfx950", aiter="0.1.10", platform="cpu")
+    assert (backend.caps.emulated, backend.caps.device) == (True, "CPU, as gfx950")
+    assert backend.caps.notes == ("AITER 0.1.10 for gfx950 is simulated: no kernel of AMD's runs",)

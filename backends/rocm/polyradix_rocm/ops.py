@@ -1,0 +1,212 @@
+"""The contract's verbs over AITER; what it has no kernel for goes to those beneath: Triton's, or on a CPU torch's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Weight
+from polyradix_rocm.aiter.calls import GROUPS, MLA_WIDTH, Aiter
+from polyradix_rocm.plan import Part, Plan, planned
+from polyradix_torch.moe import route
+from polyradix_torch.ops import Linear, TorchOps
+from polyradix_torch.triton import rows
+from polyradix_torch.triton.ops import TritonOps
+
+BF16 = torch.bfloat16
+LOWEST = -3.0e38  # a logit in place of NaN: which experts AITER would choose then, nobody knows
+
+
+@dataclass(frozen=True)
+class Router:
+    """weight float32 [E,H], bias float32 [E]; `plain` for the verbs beneath."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    plain: Weight
+
+
+class Experts:
+    """[E,out,in], laid out at first use: only then is it known whether both weights of a layer can be."""
+
+    def __init__(self, weight: torch.Tensor, plain: Weight) -> None:
+        self.weight, self.plain, self.ready = weight, plain, False
+
+    def lay_out(self, aiter: Aiter) -> torch.Tensor:
+        if not self.ready:
+            self.weight, self.plain, self.ready = aiter.shuffled(self.weight), None, True
+        return self.weight
+
+
+if TYPE_CHECKING:
+    Beneath = TritonOps
+else:
+    Beneath = object
+
+
+class AiterVerbs(Beneath):
+    """Mixed into a class of verbs. `most` is the most tokens of one sequence, told before decodes are captured."""
+
+    def __init__(self, aiter: Aiter) -> None:
+        super().__init__()
+        self.aiter, self.most = aiter, 0
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._planned: tuple[Any, bool, Plan] | None = None
+        self._mla = aiter.has(
+            "flash_attn_varlen_func", "concat_and_cache_mla", "get_mla_metadata_info_v1", "get_mla_metadata_v1",
+            "mla_decode_fwd",
+        )  # fmt: skip
+
+    def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        if not self._norms(x, w, "rmsnorm2d_fwd"):
+            return super().rms_norm(x, w, eps)
+        return self.aiter.rms_norm(x.contiguous().view(-1, x.shape[-1]), w, eps).view(x.shape)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._norms(x, w, "rmsnorm2d_fwd_with_add"):
+            return super().add_rms_norm(x, residual, w, eps)
+        return self.aiter.add_rms_norm(x.contiguous(), residual.contiguous(), w, eps)
+
+    def _norms(self, x: torch.Tensor, w: torch.Tensor, name: str) -> bool:
+        width = x.shape[-1]
+        return x.dtype == w.dtype == BF16 and width % 8 == 0 and width <= 8192 and self.aiter.has(name)
+
+    def rope(self, q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, m: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if q.dtype != BF16 or not self.aiter.has("rope_cached_positions_2c_fwd"):
+            return super().rope(q, k, table, m)
+        if id(table) not in self._tables:
+            cos, sin = (half.contiguous() for half in table.chunk(2, dim=1))
+            self._tables[id(table)] = cos, sin, table  # which is kept, so that its id stays its own
+        return self.aiter.rope(q, k, *self._tables[id(table)][:2], m.positions.long())
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any, a: AttnSpec) -> Any:
+        decode = self._decodes(m) and a.window is None and self._decodes_in(a)
+        if q.dtype != BF16 or not (decode or self._prefills_in(a)):
+            return super().attend(q, k, v, kv, m, a)
+        self._write(k, v, kv, m)
+        part = self._plan(m, kv[0].shape[1]).whole
+        flat = tuple(cache.view(-1, 1, *cache.shape[2:]) for cache in kv)
+        rest, q, cap = (part.indptr, part.slots, part.ones), q.contiguous(), a.softcap or 0.0
+        if decode:
+            out = self.aiter.decode(q, flat, *rest, part.longest[1], a.scale, cap)
+        else:
+            out = self.aiter.prefill(q, flat, part.cu_q, *rest, part.longest, a.scale, cap, a.window)
+        return out.flatten(1), kv
+
+    def _decodes_in(self, a: AttnSpec) -> bool:
+        group = a.heads.q // a.heads.kv
+        return a.heads.dim in (64, 128) and group <= 16 and self.aiter.has("paged_attention_ragged")
+
+    def _prefills_in(self, a: AttnSpec) -> bool:
+        dims = (128,) if self.aiter.provider.version == "0.1.10" else (128, 256)
+        return a.heads.dim in dims and self.aiter.has("mha_batch_prefill_func")
+
+    def attend_latent(self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: Any, w: LatentWeights, a: LatentSpec) -> Any:
+        if q.dtype != BF16 or (a.rank, a.rope) != MLA_WIDTH or self.aiter.mla_heads(a.heads) is None or not self._mla:
+            return super().attend_latent(q, c, kv, m, LatentWeights(w.norm, self._up(w.up), w.table), a)
+        (cache,) = kv
+        nope, turned = q.view(len(q), a.heads, -1).split([a.nope, a.rope], dim=-1)
+        turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
+        latent = self.rms_norm(c[:, : a.rank], w.norm, a.eps)
+        self.aiter.write_latent(latent, key[:, 0], cache[:, :, 0], m.slots.long())
+        if a.attn_scale:
+            t = 1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log()
+            nope, turned = ((x * t[:, None, None]).to(BF16) for x in (nope, turned))
+        plan, out = self._plan(m, cache.shape[1]), q.new_empty(len(q), a.heads, a.v)
+        for part, run in ((plan.single, self._absorbed), (plan.many, self._expanded)):
+            if part is not None:
+                at = slice(None) if part.rows is None else part.rows
+                out[at] = run(nope[at], turned[at], cache, w.up, part, a)
+        return out.flatten(1), kv
+
+    def _absorbed(
+        self, nope: torch.Tensor, turned: torch.Tensor, cache: torch.Tensor, up: torch.Tensor, p: Part, a: LatentSpec
+    ) -> torch.Tensor:
+        heads = self.aiter.mla_heads(a.heads)
+        assert heads is not None
+        asked = nope.new_zeros(len(nope), heads, a.rank + a.rope)
+        asked[:, : a.heads, : a.rank] = torch.bmm(nope.transpose(0, 1), up[:, : a.nope]).transpose(0, 1)
+        asked[:, : a.heads, a.rank :] = turned
+        if heads not in p.work:
+            p.work[heads] = self.aiter.mla_work(p.cu_q, p.indptr, p.ones, heads)
+        flat = cache.view(-1, 1, 1, cache.shape[-1])
+        mean = self.aiter.mla_decode(asked, flat, p.cu_q, p.indptr, p.slots, p.ones, a.scale, p.work[heads])
+        mean = mean[:, : a.heads].transpose(0, 1)
+        return torch.bmm(mean, up[:, a.nope :].transpose(1, 2)).transpose(0, 1)
+
+    def _expanded(
+        self, nope: torch.Tensor, turned: torch.Tensor, cache: torch.Tensor, up: torch.Tensor, p: Part, a: LatentSpec
+    ) -> torch.Tensor:
+        held = cache.view(-1, cache.shape[-1])[p.slots]
+        made = F.linear(held[:, : a.rank], up.flatten(0, 1)).view(len(held), a.heads, -1)
+        key, value = made.split([a.nope, a.v], dim=-1)
+        key = torch.cat([key, held[:, None, a.rank :].expand(-1, a.heads, -1)], dim=-1)
+        return self.aiter.varlen(torch.cat([nope, turned], dim=-1), key, value, p.cu_q, p.indptr, p.longest, a.scale)
+
+    def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        router: Router = w.router
+        if not isinstance(w.gate_up, Experts) or not self._takes(x, w):
+            plain = (getattr(part, "plain", part) for part in (w.gate_up, w.down))
+            return super().moe(x, MoeWeights(router.plain, *plain), s)
+        logits = F.linear(x.float(), router.weight).nan_to_num(LOWEST)
+        ids, weights = self._route(logits, router.bias, s)
+        gate_up, down = (part.lay_out(self.aiter) for part in (w.gate_up, w.down))
+        return self.aiter.fused_moe(x.contiguous(), gate_up, down, ids, weights)
+
+    def _takes(self, x: torch.Tensor, w: MoeWeights) -> bool:
+        whole = not any(n % 128 for n in w.down.weight.shape[1:])
+        return x.dtype == BF16 and whole and self.aiter.has("shuffle_weight", "fused_moe")
+
+    def _route(self, logits: torch.Tensor, bias: torch.Tensor | None, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+        grouped, groups = s.groups in GROUPS, (s.groups, s.top_groups)
+        biased = (bias is not None, s.scoring, s.renormalise, s.group_best) == (True, "sigmoid", True, 2)
+        if biased and grouped and bias is not None and self.aiter.has("biased_grouped_topk"):
+            return self.aiter.topk_biased(logits, bias, s.top_k, groups, s.scale)
+        softmax = s.scoring == "softmax"
+        if bias is None and softmax and s.groups == 1 and s.scale == 1 and self.aiter.has("topk_softmax"):
+            return self.aiter.topk_softmax(logits, s.top_k, s.renormalise)
+        if bias is None and grouped and s.group_best == 1 and self.aiter.has("grouped_topk"):
+            return self.aiter.topk_grouped(logits, s.top_k, groups, s.renormalise, softmax, s.scale)
+        ids, weights = route(logits, bias, s)
+        return ids.int(), weights
+
+    def _plan(self, m: Any, page: int) -> Plan:
+        if hasattr(m, "plan"):
+            return m.plan  # type: ignore[no-any-return]
+        capturing = torch.cuda.is_current_stream_capturing()  # a plan made before would not be made again by a replay
+        if self._planned is None or self._planned[0] is not m or self._planned[1] != capturing:
+            self._planned = m, capturing, planned(m.paged, page, self.most)
+        return self._planned[2]
+
+    def _decodes(self, m: Any) -> bool:
+        return not hasattr(m, "plan") or m.plan.many is None
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any) -> None:
+        rows.write(k, v, kv, m.slots)
+
+    def _up(self, up: torch.Tensor) -> torch.Tensor:
+        """A latent_up for the verb beneath."""
+        return up
+
+
+class TritonAiterOps(AiterVerbs, TritonOps):
+    """On a GPU."""
+
+
+class TorchAiterOps(AiterVerbs, TorchOps):  # type: ignore[misc]  # beneath are TorchOps, not TritonOps
+    """On a CPU, where torch stands for the Triton kernels."""
+
+    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+        return F.linear(x.float(), w.weight.float())
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any) -> None:
+        for cache, new in zip(kv, (k, v), strict=True):
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, m.slots, new)
+
+    def _up(self, up: torch.Tensor) -> torch.Tensor:
+        return up.float()
