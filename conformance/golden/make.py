@@ -58,6 +58,8 @@ def theta(value: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
 
 
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+GEMMA = {"query_pre_attn_scalar": 100, "sliding_window": 20}
 EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LATENT = {
@@ -97,6 +99,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": ("DeepseekV3", LATENT),
     "deepseek-v3.2": ("DeepseekV32", INDEXED),
     "deepseek-v3.2-all-seen": ("DeepseekV32", {**INDEXED, "index_topk": 128}),
+    "gemma2": (
+        "Gemma2",
+        {**GEMMA, "attn_logit_softcapping": 6.0, "final_logit_softcapping": 30.0, "rope_parameters": DEFAULT},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+                "sliding_attention": DEFAULT,
+            },
+        },
+    ),
     "llama": ("Llama", {"rope_parameters": LLAMA3, "num_hidden_layers": 3}),
     "llama-bias": (
         "Llama",
@@ -186,7 +204,8 @@ def make(family: str) -> Made:
 
 def config_of(family: str) -> Any:
     architecture, changes = FAMILIES[family]
-    return getattr(transformers, architecture + "Config")(**{**COMMON, **changes})
+    kind = getattr(transformers, architecture + "ForCausalLM").config_class
+    return kind(**{**COMMON, **changes})
 
 
 def tied(config: Any, name: str) -> bool:
@@ -196,8 +215,9 @@ def tied(config: Any, name: str) -> bool:
 
 def build(config: Any, dtype: Any, attention: str = "eager", seed: int = 0) -> Any:
     """transformers' class with the golden weights."""
+    kind = getattr(transformers, type(config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM")
+    attention = attention if kind._supports_sdpa else "eager"  # softcaps are in no other
     plain = {"dtype": dtype, "attn_implementation": attention, "experts_implementation": "eager"}
-    kind = getattr(transformers, type(config).__name__.removesuffix("Config") + "ForCausalLM")
     model = kind._from_config(config, **plain).eval()  # Mistral4 is not in AutoModelForCausalLM's table
     state = {
         name: value(config, name, tuple(t.shape), seed).to(dtype)
@@ -274,7 +294,9 @@ def stepwise(model: Any, ids: Any) -> Any:
 def head(model: Any, hidden: Any) -> Any:
     """Logits at least in float32, as the contract has them; transformers rounds them to the model's dtype."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return (hidden[0].to(dtype) @ model.lm_head.weight.to(dtype).T).double().numpy()
+    out = hidden[0].to(dtype) @ model.lm_head.weight.to(dtype).T
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return (out if cap is None else cap * torch.tanh(out / cap)).double().numpy()
 
 
 @contextlib.contextmanager

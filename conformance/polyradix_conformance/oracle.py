@@ -70,13 +70,20 @@ def add(p: Precision, x: Arr, y: Arr) -> Arr:
     return p.round(x + y)
 
 
-def gated(p: Precision, x: Arr) -> Arr:
-    """silu(first half) * second half."""
+def gated(p: Precision, x: Arr, kind: str = "silu") -> Arr:
+    """act(first half) * second half; `kind` is silu or gelu_tanh."""
     (x,) = p.take(x)
     half = x.shape[-1] // 2
     gate, up = x[..., :half], x[..., half:]
     with np.errstate(over="ignore"):
-        return p.round(gate / (p.wide(1) + np.exp(-gate)) * up)
+        if kind == "silu":
+            return p.round(gate / (p.wide(1) + np.exp(-gate)) * up)
+        inner = p.wide(math.sqrt(2 / math.pi)) * (gate + p.wide(0.044715) * gate * gate * gate)
+        return p.round(gate / p.wide(2) * (p.wide(1) + np.tanh(inner)) * up)
+
+
+def capped(p: Precision, x: Arr, cap: float | None) -> Arr:
+    return x if cap is None else p.wide(cap) * np.tanh(x / p.wide(cap))
 
 
 def rope(p: Precision, x: Arr, table: Arr, positions: Arr) -> Arr:
@@ -112,8 +119,7 @@ def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
         for h in range(q.shape[1]):
             keys, values = k[first : t + 1, h // group], v[first : t + 1, h // group]
             score = p.total(q[row, h] * keys) * p.wide(a.scale)
-            if a.softcap is not None:
-                score = p.wide(a.softcap) * np.tanh(score / p.wide(a.softcap))
+            score = capped(p, score, a.softcap)
             e = np.exp(score - score.max())
             weighted = p.round(e)[:, None].astype(p.wide) * values  # kernels may round the weights to the dtype
             out[row, h] = p.total(weighted.T) / p.total(e)

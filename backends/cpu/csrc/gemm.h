@@ -1,4 +1,4 @@
-// LINEAR: out = x * w^T (+ bias), or silu(gate) * up; one code path from one row to thousands.
+// LINEAR: out = x * w^T (+ bias), or act(gate) * up; one code path from one row to thousands.
 //
 // Work items are (block of rows) x (run of 32-column tiles), taken dynamically. A block's x is put into the thread's
 // scratch once (widened to float32 where the processor has no bf16 product) and small enough to stay in the L2 cache.
@@ -22,8 +22,10 @@ static void store_tile(const Op& o, const float* c, int64_t tile, int64_t r0, in
             continue;
         }
         int64_t n = N / 2 - tile * 16 < 16 ? N / 2 - tile * 16 : 16;
-        if (mode == FUSED_GATE)
+        if (mode == FUSED_SILU)
             PX_EACH(j, n, S(out + tile * 16, mul(vsilu(L(t)), L(t + 16)));)
+        else if (mode == FUSED_GELU)
+            PX_EACH(j, n, S(out + tile * 16, mul(vgelu(L(t)), L(t + 16)));)
         else
             PX_EACH(j, n, S(out + tile * 16, L(t)); S(out + N / 2 + tile * 16, L(t + 16));)
     }

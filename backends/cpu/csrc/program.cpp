@@ -24,6 +24,7 @@ template <class T> static void execute(const Op& o, const Context& c) {
         case ROUTE: return route<T>(o, c);
         case EXPERTS: return experts<T>(o, c);
         case SUM: return sum_pairs<T>(o, c);
+        case CAP: return cap(o, c);
     }
 }
 

@@ -6,9 +6,9 @@
 #pragma once
 #include <cstdint>
 
-enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM };
+enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP };
 enum Flag : int32_t { F32 = 1, SEQS = 2 };
-enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_GATE };  // the last two: gate and up interleaved by 16 columns
+enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_SILU, FUSED_GELU };  // all but the first: gate and up interleaved by 16 columns
 enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2 };
 
 // kind      p[]                                    n[]                                              f[]
@@ -19,12 +19,13 @@ enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2 };
 // ADD_NORM  x, residual, w f32, out, sum           H                                                eps
 // ROPE      q, k, table f32 [pos,D], q out, k out  Hq, Hk, D, q stride, k stride
 // ATTEND    q, k, v, kv, out                       Hq, Hk, D, q, k, v stride, page, window or 0     scale, softcap or 0
-// GATED     x [.,2F], out [.,F]                    F, x stride
+// GATED     x [.,2F], out [.,F]                    F, x stride, 0 for silu or 1 for gelu_tanh
 // LAST      x, out [S,H]                           H, x stride
 // ARGMAX    x f32 [rows,V], out i32 [rows]         V
 // ROUTE     x, w f32 [E,H], bias f32 or null, weights f32 [T,K], plan   H, x stride, E, K, groups, top_groups,
 //                                                  group_best, RouteFlag                            scale
 // EXPERTS   x, w [E] as of LINEAR, null, plan, out [P,N]   the first seven of LINEAR, E        pairs to a row of x, 0 if sorted
+// CAP       x f32 [rows,V], out f32                V                                                softcap
 // SUM       parts [P,H], weights, plan, out [T,H]  H, K, E
 //
 // The plan of ROUTE: csrc/moe.h. w of LINEAR: bf16 [N/32][K/2][32][2], f32 [N/32][K][32], both zero-padded. kv: [pages][Hk][2][page*D], where k is

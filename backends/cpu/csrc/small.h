@@ -75,7 +75,21 @@ template <class T> static void gated(const Op& o, const Context& c) {
     for (int64_t r = from; r < to; r++) {
         const T* x = (const T*)o.p[0] + r * o.n[1];
         T* out = (T*)o.p[1] + r * F;
-        PX_EACH(i, F, S(out, mul(vsilu(L(x)), L(x + F)));)
+        if (o.n[2])
+            PX_EACH(i, F, S(out, mul(vgelu(L(x)), L(x + F)));)
+        else
+            PX_EACH(i, F, S(out, mul(vsilu(L(x)), L(x + F)));)
+    }
+}
+
+static void cap(const Op& o, const Context& c) {
+    int64_t from, to, V = o.n[0];
+    c.share(c.rows(o), from, to);
+    const VF most = set1(o.f[0]);
+    for (int64_t r = from; r < to; r++) {
+        const float* x = (const float*)o.p[0] + r * V;
+        float* out = (float*)o.p[1] + r * V;
+        PX_EACH(i, V, S(out, mul(most, vtanh(div(L(x), most))));)
     }
 }
 

@@ -144,7 +144,11 @@ static inline VF vexp(VF x) {
     VF y = add(fma(p, mul(r, r), r), set1(1.0f));
     return zero_below(scale2(y, n), x, lo);
 }
-static inline VF vsilu(VF x) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
+static inline VF vgate(VF x, VF slope) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), slope)))); }
+static inline VF vsilu(VF x) { return vgate(x, x); }
+static inline VF vgelu(VF x) {  // by its tanh form: x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
+    return vgate(x, mul(x, fma(mul(x, x), set1(1.5957691216057308f * 0.044715f), set1(1.5957691216057308f))));
+}
 static inline VF vtanh(VF x) {  // Cephes: near zero the difference of exps loses digits
     x = vmin(set1(9.0f), vmax(set1(-9.0f), x));
     VF z = mul(x, x), p = set1(-5.70498872745e-3f), lo = set1(0.625f), size = vmax(x, sub(set1(0.0f), x));

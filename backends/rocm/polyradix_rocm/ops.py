@@ -201,8 +201,8 @@ class TritonAiterOps(AiterVerbs, TritonOps):
 class TorchAiterOps(AiterVerbs, TorchOps):  # type: ignore[misc]  # beneath are TorchOps, not TritonOps
     """On a CPU, where torch stands for the Triton kernels."""
 
-    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
-        return F.linear(x.float(), w.weight.float())
+    def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
+        return super().logits(x.float(), Linear(w.weight.float(), None), softcap)
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any) -> None:
         for cache, new in zip(kv, (k, v), strict=True):

@@ -29,7 +29,7 @@ class Router:
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 [T,top_k] of the chosen experts, best first, and their weights float32, from logits [T,experts]."""
-    score = logits.softmax(-1) if s.scoring == "softmax" else _sigmoid(logits)
+    score = logits.softmax(-1) if s.scoring == "softmax" else sigmoid(logits)
     ids = _chosen(score if bias is None else score + bias, s)
     weights = score.gather(1, ids)
     if s.renormalise:
@@ -75,6 +75,6 @@ def _best(values: torch.Tensor, n: int) -> torch.Tensor:
     return values.sort(dim=1, descending=True, stable=True).indices[:, :n]
 
 
-def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
     wide = F.pad(x, (0, -x.shape[1] % VECTOR))
     return torch.cat([rows.sigmoid() for rows in wide.split(max(1, SERIAL // wide.shape[1]))])[:, : x.shape[1]]

@@ -13,17 +13,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from math import pi
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads, Index, IndexSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Gate,
+    Heads,
+    Index,
+    IndexSpec,
+    LatentSpec,
+    LatentWeights,
+    MoeSpec,
+    MoeWeights,
+)
 from polyradix_torch.indexer import attend_alone, layer_norm, select
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
-from polyradix_torch.moe import SERIAL, route, spread, weighted
+from polyradix_torch.moe import SERIAL, route, sigmoid, spread, weighted
 
+GATES = get_args(Gate)
+GELU = 2 * (2 / pi) ** 0.5  # its tanh form is x * sigmoid(GELU * (x + 0.044715 x^3))
 TILE = 4  # decode computes TILE rows for one, prefill makes one call per TILE tokens: measured as the best balance
 
 
@@ -172,9 +186,11 @@ class TorchOps(Products):
                 out[rows] = unabsorb(mean, up, a)
         return out
 
-    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
+    def gated(self, x: torch.Tensor, kind: Gate) -> torch.Tensor:
+        if kind not in GATES:
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(GATES)}")
         width = x.shape[-1] // 2
-        return torch.cat([_gated(rows, width) for rows in x.split(max(1, SERIAL // width))])
+        return torch.cat([_gated(rows, width, kind) for rows in x.split(max(1, SERIAL // width))])
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
         ids, weights = route(w.router.logits(x), w.router.bias, s)
@@ -188,8 +204,12 @@ class TorchOps(Products):
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x[m.last]
 
-    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
-        return w(x).float()
+    def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
+        out = w(x).float()
+        if softcap is not None:
+            for row in out:  # each by itself, so that all meet the same vectors and threads
+                row.div_(softcap).tanh_().mul_(softcap)
+        return out
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -197,9 +217,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def _gated(x: torch.Tensor, width: int) -> torch.Tensor:
+def _gated(x: torch.Tensor, width: int, kind: Gate) -> torch.Tensor:
     gate, up = x.float().clone().split(width, dim=-1)
-    return F.silu(gate, inplace=True).mul_(up).to(x.dtype, memory_format=torch.contiguous_format)
+    if kind == "silu":
+        F.silu(gate, inplace=True)
+    else:
+        gate.mul_(sigmoid(gate * (GELU + GELU * 0.044715 * gate.square())))
+    return gate.mul_(up).to(x.dtype, memory_format=torch.contiguous_format)
 
 
 def attend_tiles(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], m: TorchMeta, a: AttnSpec) -> torch.Tensor:

@@ -3,10 +3,11 @@ in float32; everything else is float32 inside and rounded once."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from polyradix.backend.expand import Expansions
 from polyradix.backend.protocol import (
     AttnSpec,
     Collectives,
+    Gate,
     Heads,
     Index,
     IndexSpec,
@@ -31,6 +33,14 @@ from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.kernels.xla import precision, write_rows
 from polyradix_tpu.mesh import AXIS, Packed
 from polyradix_tpu.moe import route, spread
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """By its tanh form, as a sigmoid: 1 + tanh loses the digits of small values."""
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+_GATES = {"silu": jax.nn.silu, "gelu_tanh": _gelu}
 
 
 class JaxOps(Expansions):
@@ -129,11 +139,11 @@ class JaxOps(Expansions):
         out = _per_head("thr,hvr->thv", over(asked, turned, kv), w.up.value[:, a.nope :])
         return out.astype(q.dtype).reshape(len(q), -1), kv
 
-    def gated(self, x: jax.Array, kind: Literal["silu"]) -> jax.Array:
-        if kind != "silu":
-            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+    def gated(self, x: jax.Array, kind: Gate) -> jax.Array:
+        if kind not in _GATES:
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(_GATES)}")
         gate, up = jnp.split(_wide(x), 2, axis=-1)
-        return (jax.nn.silu(gate) * up).astype(x.dtype)
+        return (_GATES[kind](gate) * up).astype(x.dtype)
 
     def moe(self, x: jax.Array, w: MoeWeights, s: MoeSpec) -> jax.Array:
         ids, weights = route(_product(x, w.router), w.router.bias, s)
@@ -149,10 +159,11 @@ class JaxOps(Expansions):
     def last(self, x: jax.Array, m: JaxMeta) -> jax.Array:
         return x[m.last]
 
-    def logits(self, x: jax.Array, w: Packed) -> jax.Array:
+    def logits(self, x: jax.Array, w: Packed, softcap: float | None = None) -> jax.Array:
         part = _biased(_product(x, w), w)
         whole = part if w.axis is None else self._collectives.all_gather(part, 1)
-        return whole[:, : w.rows]  # the last shards end with padding
+        out = whole[:, : w.rows]  # the last shards end with padding
+        return out if softcap is None else softcap * jnp.tanh(out / softcap)
 
     def layers(self, bodies: Sequence[LayerBody], params: Sequence[Any], carry: Any, kv: Any) -> tuple[Any, Any]:
         """Unrolled; layers of the same body and shapes are traced once."""

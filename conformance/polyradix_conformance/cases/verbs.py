@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polyradix.backend.protocol import Heads, Params
+from polyradix.backend.protocol import Gate, Heads, Params
 from polyradix_conformance import oracle
 from polyradix_conformance.cases import case
 from polyradix_conformance.inputs import REGIMES, Ragged, values
@@ -71,6 +71,15 @@ def logits(rig: Rig, regime: str) -> None:
         rig.close(f"logits, {rows} rows", got, *linear_answer(rig.dtype, regime, rows, shape, final=True))
 
 
+def capped_logits(rig: Rig) -> None:
+    x, w, _ = linear_inputs(rig.dtype, "normal", 5, (192, 203))
+    top = {"w": rig.pack("logits", w)}
+    got = rig.logits(lambda ops, x, top, m: ops.logits(ops.last(x, m), top["w"], 1.5), x, top)
+    precisions = EXACT, *oracle.emulated(rig.dtype)
+    truth, *others = (oracle.capped(p, oracle.linear(p, x, w, final=True), 1.5) for p in precisions)
+    rig.close("capped logits", got, truth, floor(truth, others, "float32"))
+
+
 def last(rig: Rig) -> None:
     """The last row of each of several sequences."""
     ragged = Ragged((3, 1, 8), rig.page)
@@ -119,6 +128,14 @@ def rms_norm(rig: Rig, regime: str) -> None:
         compare(rig, f"rms_norm of {rows} rows", got, partial(norm_formula, x, w))
 
 
+def wide_norm(rig: Rig) -> None:
+    """A float32 weight that bfloat16 cannot hold, as of a model whose norms add to it."""
+    x, w = values("norm", (5, 192), rig.dtype), values("norm w", (192,), "float32")
+    top = {"w": rig.pack("norm", w, dtype="float32")}
+    got = rig.verb(lambda ops, x, top, m: ops.rms_norm(x, top["w"], EPS), x, top, x.shape[1])
+    compare(rig, "rms_norm with a float32 weight", got, partial(norm_formula, x, w))
+
+
 def norm_formula(x: Arr, w: Arr, p: Precision) -> Arr:
     return oracle.rms_norm(p, x, w, EPS)
 
@@ -160,15 +177,15 @@ def rope_formula(x: Arr, table: Arr, p: Precision) -> Arr:
     return oracle.rope(p, x, table, np.arange(len(x)))
 
 
-def gated(rig: Rig, regime: str) -> None:
+def gated(rig: Rig, regime: str, kind: Gate = "silu") -> None:
     for rows in ROWS:
         x = values("gated", (rows, 2 * 96), rig.dtype, regime)
-        got = rig.verb(lambda ops, x, top, m: ops.gated(x, "silu"), x, {}, 96)
-        compare(rig, f"gated, {rows} rows", got, partial(gated_formula, x))
+        got = rig.verb(lambda ops, x, top, m: ops.gated(x, kind), x, {}, 96)
+        compare(rig, f"gated, {rows} rows", got, partial(gated_formula, x, kind))
 
 
-def gated_formula(x: Arr, p: Precision) -> Arr:
-    return oracle.gated(p, x)
+def gated_formula(x: Arr, kind: Gate, p: Precision) -> Arr:
+    return oracle.gated(p, x, kind)
 
 
 def add_rms_norm(rig: Rig, regime: str) -> None:
@@ -189,16 +206,16 @@ def add_rms_norm(rig: Rig, regime: str) -> None:
         compare(rig, f"add_rms_norm, {what}", got, formulas[i])
 
 
-def linear_gated(rig: Rig, regime: str) -> None:
+def linear_gated(rig: Rig, regime: str, kind: Gate = "silu") -> None:
     for rows in ROWS:
         x, w, _ = linear_inputs(rig.dtype, regime, rows, (80, 2 * 96))
         top = {"w": rig.pack("linear", w, segments=(96, 96))}
-        got = rig.verb(lambda ops, x, top, m: ops.linear_gated(x, top["w"], "silu"), x, top, 96)
-        compare(rig, f"linear_gated, {rows} rows", got, partial(linear_gated_formula, x, w))
+        got = rig.verb(lambda ops, x, top, m: ops.linear_gated(x, top["w"], kind), x, top, 96)
+        compare(rig, f"linear_gated, {rows} rows", got, partial(linear_gated_formula, x, w, kind))
 
 
-def linear_gated_formula(x: Arr, w: Arr, p: Precision) -> Arr:
-    return oracle.gated(p, oracle.linear(p, x, w))
+def linear_gated_formula(x: Arr, w: Arr, kind: Gate, p: Precision) -> Arr:
+    return oracle.gated(p, oracle.linear(p, x, w), kind)
 
 
 LINEARS: tuple[Literal["linear", "linear_reduce"], ...] = ("linear", "linear_reduce")
@@ -218,6 +235,8 @@ for dtype in ("float32", "bfloat16"):
     case("L1/qkv", dtype, partial(qkv, bias=False))
     case("L1/qkv/bias", dtype, partial(qkv, bias=True), features=("bias",))
     case("L1/qk_norm", dtype, qk_norm, features=("qk_norm",))
+    case("L1/rms_norm/wide-weight", dtype, wide_norm)
+    case("L1/logits/softcap", dtype, capped_logits, features=("softcap",))
     for verb in LINEARS:
         bias = partial(linear, verb=verb, regime="normal", bias=True)
         case(f"L1/{verb}/bias", dtype, bias, features=("bias",))
@@ -226,3 +245,6 @@ for dtype in ("float32", "bfloat16"):
             case(f"L1/{verb}/{regime}", dtype, partial(linear, verb=verb, regime=regime, bias=False))
         for name, body in BY_REGIME.items():
             case(f"L1/{name}/{regime}", dtype, partial(body, regime=regime))
+        for name in ("gated", "linear_gated"):
+            body = partial(BY_REGIME[name], regime=regime, kind="gelu_tanh")
+            case(f"L1/{name}/gelu_tanh/{regime}", dtype, body, features=("gelu_tanh",))

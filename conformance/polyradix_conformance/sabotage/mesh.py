@@ -100,9 +100,9 @@ class ReduceForgotten(NumpyOps):
 class LogitsPadded(NumpyOps):
     """Logits keep the rows that pad the vocabulary to a multiple of the ranks."""
 
-    def logits(self, x: Arr, w: Packed) -> Arr:
+    def logits(self, x: Arr, w: Packed, softcap: float | None = None) -> Arr:
         short = -w.spec.shape[0] % self._collectives.size
-        return np.pad(super().logits(x, w), ((0, 0), (0, short)))
+        return np.pad(super().logits(x, w, softcap), ((0, 0), (0, short)))
 
 
 @sabotage("L1/qkv/tp", mesh=True)

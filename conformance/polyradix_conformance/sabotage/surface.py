@@ -97,8 +97,8 @@ class DeclinesNothing(NumpyBackend):
 class Zeros(NumpyOps):
     """Logits are zeros."""
 
-    def logits(self, x: Any, w: Packed) -> Any:
-        return 0 * super().logits(x, w)
+    def logits(self, x: Any, w: Packed, softcap: float | None = None) -> Any:
+        return 0 * super().logits(x, w, softcap)
 
 
 @sabotage("L0/memory")
@@ -145,8 +145,8 @@ class ParameterRequired(NumpyBackend):
 class LogitsWide(NumpyOps):
     """Logits are float64."""
 
-    def logits(self, x: Any, w: Packed) -> Any:
-        return super().logits(x, w).astype(np.float64)
+    def logits(self, x: Any, w: Packed, softcap: float | None = None) -> Any:
+        return super().logits(x, w, softcap).astype(np.float64)
 
 
 @sabotage("L0/results")

@@ -171,6 +171,34 @@ class GeluForSilu(NumpyOps):
             return (gate / (1 + np.exp(-1.702 * gate)) * up).astype(x.dtype)
 
 
+@sabotage("L1/gated/gelu_tanh")
+class GeluTaken(NumpyOps):
+    """A gate of any kind is SiLU's."""
+
+    def gated(self, x: Arr, kind: Any) -> Any:
+        return super().gated(x, "silu")
+
+
+@sabotage("L1/gated/gelu_tanh/offset", "L1/gated/gelu_tanh")
+class GeluBySigmoid(NumpyOps):
+    """GELU is taken as x * sigmoid(1.702 x)."""
+
+    def gated(self, x: Arr, kind: Any) -> Any:
+        if kind == "silu":
+            return super().gated(x, kind)
+        gate, up = np.split(x.astype(np.float32), 2, axis=-1)
+        with np.errstate(over="ignore"):
+            return (gate / (1 + np.exp(-1.702 * gate)) * up).astype(x.dtype)
+
+
+@sabotage("L1/logits/softcap")
+class LogitsUncapped(NumpyOps):
+    """Logits are not capped."""
+
+    def logits(self, x: Arr, w: Packed, softcap: float | None = None) -> Arr:
+        return super().logits(x, w)
+
+
 @sabotage("L1/linear_gated")
 class GateInterleaved(NumpyOps):
     """The fused gate takes its weights' rows as gate and up in turn."""
@@ -192,8 +220,8 @@ class LastOffByOne(NumpyOps):
 class LogitsNarrow(NumpyOps):
     """Logits are rounded to bfloat16."""
 
-    def logits(self, x: Arr, w: Packed) -> Arr:
-        return super().logits(x, w).astype(HOST_DTYPES["bfloat16"]).astype(np.float32)
+    def logits(self, x: Arr, w: Packed, softcap: float | None = None) -> Arr:
+        return super().logits(x, w, softcap).astype(HOST_DTYPES["bfloat16"]).astype(np.float32)
 
 
 @sabotage("L1/linear/normal/float32")

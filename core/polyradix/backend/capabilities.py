@@ -23,7 +23,9 @@ class DeviceLost(RuntimeError):
     step and no others; one for want of memory is a MemoryError."""
 
 
-FEATURES = frozenset({"window", "softcap", "bias", "qk_norm", "mask", "adjust", "logprobs", "moe", "mla", "indexer"})
+FEATURES = frozenset(
+    {"window", "softcap", "bias", "qk_norm", "gelu_tanh", "mask", "adjust", "logprobs", "moe", "mla", "indexer"}
+)
 QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import (
     KV,
     Array,
+    Gate,
     Index,
     IndexSpec,
     LatentSpec,
@@ -38,7 +39,7 @@ class Expansions:
         total = self.add(residual, x)
         return self.rms_norm(total, w, eps), total
 
-    def linear_gated(self: Any, x: Array, w: Weight, kind: Literal["silu"]) -> Array:
+    def linear_gated(self: Any, x: Array, w: Weight, kind: Gate) -> Array:
         return self.gated(self.linear(x, w), kind)
 
     def moe(self: Any, x: Array, w: MoeWeights, s: MoeSpec) -> Array:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from polyradix.backend.protocol import (
     Collectives,
     Compiled,
     Found,
+    Gate,
     Heads,
     HostArray,
     Index,
@@ -91,7 +92,7 @@ class NullOps(Expansions):
     ) -> tuple[Array, KV]:
         return q, kv
 
-    def gated(self, x: Array, kind: Literal["silu"]) -> Array:
+    def gated(self, x: Array, kind: Gate) -> Array:
         return x
 
     def moe(self, x: Array, w: MoeWeights, s: MoeSpec) -> Array:
@@ -100,7 +101,7 @@ class NullOps(Expansions):
     def last(self, x: Array, m: Meta) -> Array:
         return x
 
-    def logits(self, x: Array, w: Weight) -> Array:
+    def logits(self, x: Array, w: Weight, softcap: float | None = None) -> Array:
         return x
 
     def layers(

@@ -45,6 +45,7 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+Gate = Literal["silu", "gelu_tanh"]  # x * sigmoid(x), and x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
 ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up"]
 ParamPart = Literal["weight", "bias", "scale", "zero"]
 
@@ -81,11 +82,11 @@ class Quant:
 class ParamSpec:
     """One logical parameter, as the graph names it.
 
-    `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm, [positions, D] float32 for rope (cos in
-    the first D/2 columns, sin in the rest). `segments` are the row counts of parts fused along axis 0 (q, k, v or gate,
-    up): each part is sharded by itself. `shard_axis` is the axis split over tensor-parallel ranks, None for replicated:
-    0 for linears, logits (V need not be a multiple of tp), experts and latent_up, 1 for linear_reduce, whose bias every
-    rank has.
+    `shape` is [out, in] for linears and logits, [V, H] for embed, [n] for norm (float32 or the model's dtype),
+    [positions, D] float32 for rope (cos in the first D/2 columns, sin in the rest). `segments` are the row counts of
+    parts fused along axis 0 (q, k, v or gate, up): each part is sharded by itself. `shard_axis` is the axis split over
+    tensor-parallel ranks, None for replicated: 0 for linears, logits (V need not be a multiple of tp), experts and
+    latent_up, 1 for linear_reduce, whose bias every rank has.
     experts are [experts, out, in]: whole experts are sharded, rank r holds the r-th of tp equal runs of ids. router is
     [experts, H] float32, replicated; its bias is the selection bias of MoeSpec. latent_up is [heads, nope + v, R], see
     LatentSpec; its heads are sharded as experts are.
@@ -343,12 +344,13 @@ class Ops(Protocol):
     def attend_sparse(  # attend_latent over the rows that `s` selects
         self, q: Array, c: Array, x: Index, kv: KV, m: Meta, w: LatentWeights, a: LatentSpec, s: IndexSpec
     ) -> tuple[Array, KV]: ...
-    def gated(self, x: Array, kind: Literal["silu"]) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
+    def gated(self, x: Array, kind: Gate) -> Array: ...  # [T,2F] -> [T,F]: act(first half) * second half
     # The sum over a row's chosen experts of weight * down(gated(gate_up(row))), taken in float32, over tp too. Experts
     # have no capacity: no row is dropped, and a row, padding included, changes no other.
     def moe(self, x: Array, w: MoeWeights, s: MoeSpec) -> Array: ...  # [T,H] -> [T,H]
     def last(self, x: Array, m: Meta) -> Array: ...  # [T,H] -> [S,H], the rows HostBatch.last names
-    def logits(self, x: Array, w: Weight) -> Array: ...  # [S,H] -> [S,V] float32, gathered over tp
+    # [S,H] -> [S,V] float32, gathered over tp; `softcap` as of AttnSpec
+    def logits(self, x: Array, w: Weight, softcap: float | None = None) -> Array: ...
     # One layer after the other, bodies[i] for layer i. Where two layers have the same body and parameters of the same
     # names and shapes, a compiler may trace one for both.
     def layers(
@@ -357,7 +359,7 @@ class Ops(Protocol):
 
     # Fused verbs: each has an expansion in backend/expand.py, which a backend inherits until its own is faster.
     def add_rms_norm(self, x: Array, residual: Array, w: Weight, eps: float) -> tuple[Array, Array]: ...  # normed, sum
-    def linear_gated(self, x: Array, w: Weight, kind: Literal["silu"]) -> Array: ...  # gated(linear(x, w), kind)
+    def linear_gated(self, x: Array, w: Weight, kind: Gate) -> Array: ...  # gated(linear(x, w), kind)
 
 
 LayerBody: TypeAlias = Callable[[dict[str, Weight], Any, KV], tuple[Any, KV]]  # (layer params, carry, layer kv)

@@ -112,7 +112,9 @@ class EngineCore:
             limits,
             self.spec.vocab,
             (self._step, self._params),
-            None if hidden is None else (self.backend.compile(make_step(self.spec), limits), hidden),
+            None
+            if hidden is None
+            else (self.backend.compile(make_step(replace(self.spec, logits_softcap=None)), limits), hidden),
         )
         self._depth = 2 if caps.async_launch else 1
         self._flights: deque[_Flight] = deque()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from polyradix.backend.protocol import (
     HOST_DTYPES,
     KV,
     AttnSpec,
+    Gate,
     Heads,
     Index,
     IndexSpec,
@@ -127,7 +128,7 @@ class _Tally(Expansions):
         self._latent(w, a, self._absorbed(q, seen, a))
         return q, kv
 
-    def gated(self, x: Rows, kind: Literal["silu"]) -> Rows:
+    def gated(self, x: Rows, kind: Gate) -> Rows:
         return x
 
     def moe(self, x: Rows, w: MoeWeights, s: MoeSpec) -> Rows:
@@ -141,7 +142,7 @@ class _Tally(Expansions):
     def last(self, x: Rows, m: Any) -> Rows:
         return self.batch.seqs
 
-    def logits(self, x: Rows, w: ParamSpec) -> Rows:
+    def logits(self, x: Rows, w: ParamSpec, softcap: float | None = None) -> Rows:
         self._product(x, w)
         self.bytes += x * w.shape[0] * 4
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from polyradix.backend.protocol import (
@@ -42,7 +42,8 @@ def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -
     top = (
         ParamSpec("embed", "embed", (spec.vocab, spec.hidden), dtype),
         ParamSpec("rope", "rope", (positions, turned), "float32"),
-        ParamSpec("first_norm", "norm", (spec.hidden,), dtype),
+        *([ParamSpec("local_rope", "rope", (positions, turned), "float32")] if spec.local_rope else ()),
+        _norm(spec, "first_norm", dtype),
         ParamSpec("logits", "logits", (spec.vocab, spec.hidden), dtype, shard_axis=0),
     )
     return ParamTable(top, tuple(_layer(spec, dtype, i) for i in range(spec.layers)))
@@ -54,10 +55,17 @@ def _layer(spec: ModelSpec, dtype: DType, index: int) -> tuple[ParamSpec, ...]:
     return (
         *(mla.param_specs(spec.latent, hidden, dtype) if spec.latent else _qkv(spec, dtype)),
         ParamSpec("o", "linear_reduce", (hidden, mixed), dtype, (), 1, spec.o_bias),
-        ParamSpec("mlp_norm", "norm", (hidden,), dtype),
+        *([_norm(spec, "attn_post_norm", dtype)] if spec.post_norms else ()),
+        _norm(spec, "mlp_norm", dtype),
         *_feed_forward(spec, dtype, index),
-        ParamSpec("next_norm", "norm", (hidden,), dtype),
+        *([_norm(spec, "mlp_post_norm", dtype)] if spec.post_norms else ()),
+        _norm(spec, "next_norm", dtype),
     )
+
+
+def _norm(spec: ModelSpec, name: str, dtype: DType, width: int | None = None) -> ParamSpec:
+    """An offset is added in float32, and the sum stays that."""
+    return ParamSpec(name, "norm", (width or spec.hidden,), "float32" if spec.norm_offset else dtype)
 
 
 def _qkv(spec: ModelSpec, dtype: DType) -> list[ParamSpec]:
@@ -65,7 +73,7 @@ def _qkv(spec: ModelSpec, dtype: DType) -> list[ParamSpec]:
     q, kv = heads.q * heads.dim, heads.kv * heads.dim
     out = [ParamSpec("qkv", "linear", (q + 2 * kv, spec.hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
     if spec.qk_norm:
-        out += [ParamSpec("q_norm", "norm", (heads.dim,), dtype), ParamSpec("k_norm", "norm", (heads.dim,), dtype)]
+        out += [_norm(spec, name, dtype, heads.dim) for name in ("q_norm", "k_norm")]
     return out
 
 
@@ -91,17 +99,26 @@ _PARTS = {
 }
 
 
+_POST_NORM_PARTS = {
+    "attn_post_norm": ("post_attention_layernorm",),
+    "mlp_norm": ("pre_feedforward_layernorm",),
+    "mlp_post_norm": ("post_feedforward_layernorm",),
+}
+
+
 def sources(spec: ModelSpec, name: str, layer: int | None = None) -> tuple[str, ...]:
-    """Checkpoint names (without `.weight`, `.bias`) whose rows make up a parameter; () for the computed rope table."""
+    """Checkpoint names (without `.weight`, `.bias`) whose rows make up a parameter; () for a computed rope table."""
     if name == "next_norm" and layer is not None:
         return ("model.norm",) if layer + 1 == spec.layers else (f"model.layers.{layer + 1}.input_layernorm",)
     if layer is not None:
         experts = spec.experts.routing.experts if spec.experts else 0
-        parts = _PARTS[name] if name in _PARTS else moe.parts(spec.architecture, experts, name)
+        known = _PARTS | (_POST_NORM_PARTS if spec.post_norms else {})
+        parts = known[name] if name in known else moe.parts(spec.architecture, experts, name)
         return tuple(f"model.layers.{layer}.{part}" for part in parts)
     return {
         "embed": ("model.embed_tokens",),
         "rope": (),
+        "local_rope": (),
         "first_norm": ("model.layers.0.input_layernorm",),
         "logits": ("model.embed_tokens",) if spec.tie_embeddings else ("lm_head",),
     }[name]
@@ -129,7 +146,8 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 def make_step(spec: ModelSpec) -> Step:
     """The graph. The carry is (x, h): x is h already normed for whoever comes next, so norms fuse with additions."""
     heads, eps = spec.heads, spec.rms_eps
-    kinds = [AttnSpec(heads, heads.dim**-0.5, spec.window if i in spec.windowed else None) for i in range(spec.layers)]
+    plain = AttnSpec(heads, spec.attn_scale or heads.dim**-0.5, None, spec.softcap)
+    kinds = [replace(plain, window=spec.window) if i in spec.windowed else plain for i in range(spec.layers)]
 
     def step(ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
         top = params.top
@@ -140,15 +158,20 @@ def make_step(spec: ModelSpec) -> Step:
             q, k, v = ops.qkv(x, w["qkv"], heads)
             if spec.qk_norm:
                 q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)
-            q, k = ops.rope(q, k, top["rope"], m)
+            q, k = ops.rope(q, k, top["local_rope" if a.window and spec.local_rope else "rope"], m)
             return ops.attend(q, k, v, kv, m, a)
 
         def feed(w: dict[str, Weight], a: Array, h: Array) -> tuple[Array, Array]:
-            x, h = ops.add_rms_norm(ops.linear_reduce(a, w["o"]), h, w["mlp_norm"], eps)
+            y = ops.linear_reduce(a, w["o"])
+            if spec.post_norms:
+                y = ops.rms_norm(y, w["attn_post_norm"], eps)
+            x, h = ops.add_rms_norm(y, h, w["mlp_norm"], eps)
             if spec.experts is not None and "router" in w:
                 y = moe.feed(ops, x, w, spec.experts.routing)
             else:
-                y = ops.linear_reduce(ops.linear_gated(x, w["gate_up"], "silu"), w["down"])
+                y = ops.linear_reduce(ops.linear_gated(x, w["gate_up"], spec.gate), w["down"])
+            if spec.post_norms:
+                y = ops.rms_norm(y, w["mlp_post_norm"], eps)
             return ops.add_rms_norm(y, h, w["next_norm"], eps)
 
         def layer(a: AttnSpec, last: bool = False) -> LayerBody:
@@ -165,6 +188,6 @@ def make_step(spec: ModelSpec) -> Step:
         bodies = [*(each[a] for a in kinds[:-1]), layer(kinds[-1], last=True)]
         h = ops.embed(top["embed"], m)
         (x, _), kv = ops.layers(bodies, params.layers, (ops.rms_norm(h, top["first_norm"], eps), h), kv)
-        return ops.logits(x, top["logits"]), kv
+        return ops.logits(x, top["logits"], spec.logits_softcap), kv
 
     return step

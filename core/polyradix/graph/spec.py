@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from polyradix.backend.capabilities import Needs
-from polyradix.backend.protocol import DType, Heads, KVSpec, MoeSpec
-from polyradix.graph import deepseek
+from polyradix.backend.protocol import DType, Gate, Heads, KVSpec, MoeSpec
+from polyradix.graph import deepseek, gemma
 from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
@@ -19,6 +19,7 @@ from polyradix.graph.windows import read_windows
 
 ARCHITECTURES = (
     *deepseek.ARCHITECTURES,
+    *gemma.ARCHITECTURES,
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
@@ -26,13 +27,15 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
+_HEAD_DIMS = {"Qwen3ForCausalLM": 128, **dict.fromkeys(gemma.ARCHITECTURES, gemma.HEAD_DIM)}  # where none is given
 _DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: RMSNorm, rotary positions, grouped-query or latent attention, and a gated SiLU feed-forward or experts
-    of it."""
+    """A decoder: RMSNorm, rotary positions, grouped-query or latent attention, and a gated feed-forward or experts of
+    it. `norm_offset` is what norms add to their weights, `post_norms` are of attention's and the feed-forward's results
+    before these are added."""
 
     architecture: str
     layers: int
@@ -50,6 +53,14 @@ class ModelSpec:
     tie_embeddings: bool = False
     window: int | None = None  # keys a query sees, itself included, in the layers of `windowed`
     windowed: frozenset[int] = frozenset()
+    local_rope: Rope | None = None  # of these layers, None: as the others
+    attn_scale: float | None = None  # None: 1 / sqrt(heads.dim)
+    softcap: float | None = None  # of attention's scores
+    logits_softcap: float | None = None
+    gate: Gate = "silu"
+    embed_scale: float = 1.0
+    norm_offset: float = 0.0
+    post_norms: bool = False
     eos_ids: tuple[int, ...] = ()
     dtype: DType = "bfloat16"  # of the published weights; float16 becomes bfloat16
     experts: Experts | None = None
@@ -64,18 +75,18 @@ class ModelSpec:
             return _deepseek(c, architecture, eos_ids(config, generation_config or {}))
         q, hidden = c.count("num_attention_heads"), c.count("hidden_size")
         kv = c.count("num_key_value_heads", q)
-        dim = c.count("head_dim", 128 if architecture == "Qwen3ForCausalLM" else hidden // q)
+        dim = c.count("head_dim", _HEAD_DIMS.get(architecture, hidden // q))
         if q % kv:
             raise c.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({q})")
         if dim % 2:
             raise c.wrong("head_dim", "an even number")
-        _refuse_unknown_parts(c)
+        _refuse_unknown_parts(c, architecture)
         qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture.startswith("Qwen3")
         attention_bias = c.get("attention_bias", bool, False)
         layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
         rope = read_rope(c, max_position, dim)
         window, windowed = read_windows(c, architecture, layers)
-        return ModelSpec(
+        spec = ModelSpec(
             architecture=architecture,
             layers=layers,
             hidden=hidden,
@@ -96,6 +107,7 @@ class ModelSpec:
             dtype=_dtype(c),
             experts=_experts(c, architecture, layers),
         )
+        return gemma.gemma(spec, c) if architecture in gemma.ARCHITECTURES else spec
 
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
         if self.latent is not None:
@@ -115,6 +127,8 @@ class ModelSpec:
             "bias": self.qkv_bias or self.o_bias or self.mlp_bias,
             "qk_norm": self.qk_norm,
             "window": self.window is not None,
+            "softcap": self.softcap is not None or self.logits_softcap is not None,
+            "gelu_tanh": self.gate == "gelu_tanh",
             "moe": self.experts is not None,
             "mla": self.latent is not None,
             "indexer": self.latent is not None and self.latent.index is not None,
@@ -136,7 +150,7 @@ class ModelSpec:
 
 
 def _deepseek(c: Config, architecture: str, eos: tuple[int, ...]) -> ModelSpec:
-    _refuse_unknown_parts(c)
+    _refuse_unknown_parts(c, architecture)
     layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
     latent, rope = deepseek.latent(c, architecture, max_position)
     a = latent.attention
@@ -166,8 +180,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
     raise ModelError(f"model config: architectures is {found!r}; expected one of {', '.join(ARCHITECTURES)}")
 
 
-def _refuse_unknown_parts(c: Config) -> None:
-    if c.get("hidden_act", str, "silu") not in ("silu", "swish"):
+def _refuse_unknown_parts(c: Config, architecture: str) -> None:
+    if architecture not in gemma.ARCHITECTURES and c.get("hidden_act", str, "silu") not in ("silu", "swish"):
         raise c.wrong("hidden_act", "'silu'")
     read_quantisation(c)
 

@@ -6,23 +6,29 @@ from polyradix.graph.config import Config
 
 _EVERYWHERE = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
 _SWITCHED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # by use_sliding_window
+_PATTERNS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}  # of so many layers the last has none
 _TYPES = ("sliding_attention", "full_attention")
 
 
 def read_windows(c: Config, architecture: str, layers: int) -> tuple[int | None, frozenset[int]]:
     """How many keys a query sees, itself included, and in which layers."""
-    if architecture not in {*_EVERYWHERE, *_SWITCHED} or c.values.get("sliding_window") is None:
+    if architecture not in {*_EVERYWHERE, *_SWITCHED, *_PATTERNS} or c.values.get("sliding_window") is None:
         return None, frozenset()
     if architecture in _SWITCHED and not c.get("use_sliding_window", bool, False):
         return None, frozenset()
-    window = c.count("sliding_window")
-    if architecture in _EVERYWHERE:
-        return window, frozenset(range(layers))
-    if c.values.get("layer_types") is not None:
-        some = _typed(c, layers)
-    else:
-        some = frozenset(range(c.get("max_window_layers", int, 28), layers))
+    window, some = c.count("sliding_window"), _layers(c, architecture, layers)
     return (window, some) if some else (None, some)
+
+
+def _layers(c: Config, architecture: str, layers: int) -> frozenset[int]:
+    if architecture in _EVERYWHERE:
+        return frozenset(range(layers))
+    if c.values.get("layer_types") is not None:
+        return _typed(c, layers)
+    if architecture in _PATTERNS:
+        every = c.count("sliding_window_pattern", _PATTERNS[architecture])
+        return frozenset(i for i in range(layers) if (i + 1) % every)
+    return frozenset(range(c.get("max_window_layers", int, 28), layers))
 
 
 def _typed(c: Config, layers: int) -> frozenset[int]:

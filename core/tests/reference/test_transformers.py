@@ -60,6 +60,8 @@ DEEPSEEK = {
 SPARSE = {**DEEPSEEK, "index_topk": 12, "index_head_dim": 24, "index_n_heads": 32}  # few heads would give scores of 0
 MISTRAL4 = {**DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 9}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied-biased": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -80,6 +82,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}),
     "qwen2-some-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {**GEMMA, "layer_types": ["full_attention", *["sliding_attention"] * 2]}),
+    "gemma3-ropes": (
+        "Gemma3",
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", *["full_attention"] * 2],
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
     "mixtral": ("Mixtral", EXPERTS),
     "mixtral-window": ("Mixtral", {**EXPERTS, "sliding_window": 9, "head_dim": 32}),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
@@ -135,7 +151,9 @@ def test_old_spelling_of_rope(backend: Backend, tmp_path: Path) -> None:
 def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -> Any:
     """A model whose norms and biases are not their trivial initial values."""
     torch.manual_seed(11)
-    config = getattr(transformers, family + "Config")(**{**TINY, "initializer_range": 0.15, **changes})
+    config = getattr(transformers, CONFIGS.get(family, family + "Config"))(
+        **{**TINY, "initializer_range": 0.15, **changes}
+    )
     model = getattr(transformers, family + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():

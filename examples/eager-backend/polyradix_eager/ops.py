@@ -6,13 +6,13 @@ No verb changes its arguments, the cache apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Heads
+from polyradix.backend.protocol import AttnSpec, Gate, Heads
 from torch import Tensor
 
 
@@ -86,10 +86,10 @@ class EagerOps(Expansions):
             out[rows] = attend_one(q[rows], keys, values, m.positions[rows], a)
         return out.flatten(1), kv
 
-    def gated(self, x: Tensor, kind: Literal["silu"]) -> Tensor:
+    def gated(self, x: Tensor, kind: Gate) -> Tensor:
         """[T,2F] -> [T,F]: act(first half) * second half."""
         if kind != "silu":
-            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+            raise Unsupported("gelu_tanh", f"kind is {kind!r}; expected 'silu'")
         gate, up = x.float().chunk(2, dim=-1)
         return (F.silu(gate) * up).to(x.dtype)
 
@@ -97,9 +97,10 @@ class EagerOps(Expansions):
         """[T,H] -> [S,H], the rows HostBatch.last names."""
         return x[m.last]
 
-    def logits(self, x: Tensor, w: Packed) -> Tensor:
+    def logits(self, x: Tensor, w: Packed, softcap: float | None = None) -> Tensor:
         """[S,H] -> [S,V] float32, gathered over tp. Products of bfloat16 would be rounded, and make ties."""
-        return F.linear(x.float(), w.value.float(), w.bias)
+        out = F.linear(x.float(), w.value.float(), w.bias)
+        return out if softcap is None else softcap * torch.tanh(out / softcap)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

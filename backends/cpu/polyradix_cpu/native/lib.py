@@ -15,12 +15,12 @@ import torch  # loaded first, so that the library's libgomp is torch's own copy 
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 NEEDS = {"amx": AVX512 | {"amx_tile", "amx_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}  # best first
 F32, SEQS = 1, 2
-PLAIN, SPLIT_GATE, FUSED_GATE = range(3)
+PLAIN, SPLIT_GATE, FUSED_SILU, FUSED_GELU = range(4)
 SOFTMAX, RENORMALISE = 1, 2
 
 
 class Kind(IntEnum):
-    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM = range(13)
+    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP = range(14)
 
 
 class Op(ctypes.Structure):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ import torch
 from polyradix.backend.batch import SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expanded, Expansions, expansion_forced
-from polyradix.backend.protocol import AttnSpec, Compiled, Heads, Limits, MoeSpec, MoeWeights, Params, Step
+from polyradix.backend.protocol import AttnSpec, Compiled, Gate, Heads, Limits, MoeSpec, MoeWeights, Params, Step
 from polyradix_cpu.native import lib
 from polyradix_cpu.native.kv import LayerKV
-from polyradix_cpu.native.lib import F32, FUSED_GATE, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op, Samples
+from polyradix_cpu.native.lib import F32, FUSED_GELU, FUSED_SILU, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op, Samples
 from polyradix_cpu.native.params import NativeWeight, Tensor
 from polyradix_cpu.native.program import Capacity, Eager, NativeMeta, Program, Recorder
 
+FUSED: dict[str, int] = {"silu": FUSED_SILU, "gelu_tanh": FUSED_GELU}
 _FLOATS, _INTS = ("temperature", "top_p", "min_p"), ("top_k", "seed", "position")
 
 
@@ -85,7 +86,7 @@ class NativeOps(Expansions):
         n, k = w.shape
         if x.shape[1] != k or x.dtype != w.data.dtype:
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; expected [T,{k}] {w.data.dtype}")
-        width = n // 2 if mode == FUSED_GATE else n
+        width = n // 2 if mode in FUSED.values() else n
         wide = (dtype or x.dtype) == torch.float32
         sizes = [w.depth, n, _stride(x), width, mode, int(wide), k]
         return self._emit(Kind.LINEAR, x, (x.shape[0], width), [x, w.data, w.bias], sizes, dtype=dtype)[0]
@@ -95,14 +96,17 @@ class NativeOps(Expansions):
 
     linear_reduce = linear
 
-    def linear_gated(self, x: Tensor, w: NativeWeight, kind: Literal["silu"]) -> Tensor:
+    def linear_gated(self, x: Tensor, w: NativeWeight, kind: Gate) -> Tensor:
         if not w.gated:
             return super().linear_gated(x, w, kind)
         self._check_gate(kind)
-        return self._linear(x, w, FUSED_GATE)
+        return self._linear(x, w, FUSED[kind])
 
-    def logits(self, x: Tensor, w: NativeWeight) -> Tensor:
-        return self._linear(x, w, PLAIN, torch.float32)
+    def logits(self, x: Tensor, w: NativeWeight, softcap: float | None = None) -> Tensor:
+        out = self._linear(x, w, PLAIN, torch.float32)
+        return (
+            out if softcap is None else self._emit(Kind.CAP, out, tuple(out.shape), [out], out.shape[1:], [softcap])[0]
+        )
 
     def qkv(self, x: Tensor, w: NativeWeight, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
         y = self.linear(x, w)
@@ -146,10 +150,11 @@ class NativeOps(Expansions):
         shape = (q.shape[0], heads.q * dim)
         return self._emit(Kind.ATTEND, q, shape, args, sizes, [a.scale, a.softcap or 0.0], m=m, seqs=False)[0], kv
 
-    def gated(self, x: Tensor, kind: Literal["silu"]) -> Tensor:
+    def gated(self, x: Tensor, kind: Gate) -> Tensor:
         self._check_gate(kind)
         half = x.shape[1] // 2
-        return self._emit(Kind.GATED, x, (x.shape[0], half), [x], [half, _stride(x)])[0]
+        sizes = [half, _stride(x), int(kind == "gelu_tanh")]
+        return self._emit(Kind.GATED, x, (x.shape[0], half), [x], sizes)[0]
 
     def moe(self, x: Tensor, w: MoeWeights, s: MoeSpec) -> Tensor:
         tokens, hidden = x.shape
@@ -201,8 +206,8 @@ class NativeOps(Expansions):
         return out
 
     def _check_gate(self, kind: str) -> None:
-        if kind != "silu":
-            raise Unsupported("gated", f"kind {kind!r}; expected 'silu'")
+        if kind not in FUSED:
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(FUSED)}")
 
     def record(self, step: Step, params: Params, kv: list[LayerKV], limits: Limits) -> Program:
         """Runs `step` once over buffers of the largest batch, computing nothing, and keeps its ops."""

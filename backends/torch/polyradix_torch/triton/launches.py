@@ -43,7 +43,7 @@ def of_rows() -> Iterator[Launch]:
     yield "width 16384", lambda: rows.rms_norm(empty(64, 16384), empty(16384, dtype=F32), 1e-5)
     yield "D128", lambda: rows.rope(q, k, table, integers(64))
     yield "8xD128", lambda: rows.write(k, v, cache, integers(64))
-    yield "width 14336", lambda: rows.gated(empty(64, 28672))
+    yield "width 14336", lambda: rows.gated(empty(64, 28672), "silu")
     yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=F32))
     yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
-from polyradix_torch.ops import Linear, Products
+from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_torch.ops import GATES, Linear, Products
 from polyradix_torch.triton import attention, latent, moe, rows, skinny
 from polyradix_torch.triton.attention import Paged
 
@@ -59,14 +59,14 @@ class TritonOps(Products):
         tile = skinny.chosen("linear", x, w.weight)
         return super().linear(x, w) if tile is None else skinny.product(x, w.weight, w.bias, tile)
 
-    def linear_gated(self, x: torch.Tensor, w: Linear, kind: Literal["silu"]) -> torch.Tensor:
+    def linear_gated(self, x: torch.Tensor, w: Linear, kind: Gate) -> torch.Tensor:
         tile = skinny.chosen("gated", x, w.weight) if kind == "silu" else None
         return super().linear_gated(x, w, kind) if tile is None else skinny.product(x, w.weight, w.bias, tile, "gated")
 
-    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
-        if kind != "silu":
-            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
-        return rows.gated(x)
+    def gated(self, x: torch.Tensor, kind: Gate) -> torch.Tensor:
+        if kind not in GATES:
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(GATES)}")
+        return rows.gated(x, kind)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
         return moe.moe(x, w, s)
@@ -74,7 +74,11 @@ class TritonOps(Products):
     def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return x[m.last]
 
-    def logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+    def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
+        out = self._logits(x, w)
+        return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
+
+    def _logits(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
         tile = skinny.chosen("logits", x, w.weight)
         if tile is not None:
             return skinny.product(x, w.weight, w.bias, tile, "logits")

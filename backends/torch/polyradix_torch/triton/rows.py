@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyradix.backend.protocol import Gate
 from polyradix_torch.triton.early import early, start
 
 LANES = 1024  # columns of one program of the argmax
@@ -101,21 +102,30 @@ def silu(gate, up):
 
 
 @triton.jit
-def _gated(x, out, width, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def gelu(gate, up):
+    """By its tanh form, 2 sqrt(2/pi) = 1.5957..."""
+    return gate / (1.0 + tl.exp(-1.5957691216057308 * gate * (1.0 + 0.044715 * gate * gate))) * up
+
+
+@triton.jit
+def _gated(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     gate = tl.load(x + row * 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + row * width + at, silu(gate, up).to(out.dtype.element_ty), mask=mask)
+    result = gelu(gate, up) if GELU else silu(gate, up)
+    tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=mask)
 
 
-def gated(x: torch.Tensor) -> torch.Tensor:
-    """x [T,2F] -> [T,F]: silu(first half) * second half."""
+def gated(x: torch.Tensor, kind: Gate) -> torch.Tensor:
+    """x [T,2F] -> [T,F]: act(first half) * second half."""
     width = x.shape[1] // 2
     out = x.new_empty(len(x), width)
-    _gated[(len(x), triton.cdiv(width, 1024))](x.contiguous(), out, width, 1024, **early(x.device), num_warps=4)
+    _gated[(len(x), triton.cdiv(width, 1024))](
+        x.contiguous(), out, width, kind == "gelu_tanh", 1024, **early(x.device), num_warps=4
+    )
     return out
 
 

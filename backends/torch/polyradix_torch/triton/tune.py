@@ -145,7 +145,7 @@ def signature(kind: Kind, count: int, tile: Tile) -> tuple[bool, bool, int, Tile
 def by_torch(kind: Kind, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     if kind == "logits":
         return torch.mm(x, w.t(), out_dtype=torch.float32)
-    return rows.gated(F.linear(x, w)) if kind == "gated" else F.linear(x, w)
+    return rows.gated(F.linear(x, w), "silu") if kind == "gated" else F.linear(x, w)
 
 
 def exact(kind: Kind, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

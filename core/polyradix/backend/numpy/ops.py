@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from polyradix.backend.numpy.moe import chosen, scores
 from polyradix.backend.protocol import (
     AttnSpec,
     Collectives,
+    Gate,
     Heads,
     Index,
     IndexSpec,
@@ -34,6 +35,10 @@ from polyradix.backend.protocol import (
 
 Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
+_SLOPES: dict[str, Callable[[Arr], Arr]] = {  # what the sigmoid of a gate is of
+    "silu": lambda x: x,
+    "gelu_tanh": lambda x: 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3),
+}
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,12 @@ class NumpyOps(Expansions):
 
         return self._attend_rows(q, c, key, kv, m, w, a, select)
 
-    def gated(self, x: Arr, kind: Literal["silu"]) -> Arr:
-        if kind != "silu":
-            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+    def gated(self, x: Arr, kind: Gate) -> Arr:
+        if kind not in _SLOPES:
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(_SLOPES)}")
         gate, up = (np.ascontiguousarray(half, self._wide) for half in np.split(x, 2, axis=-1))
         with np.errstate(over="ignore"):
-            return _rounded(gate / (1 + np.exp(-gate)) * up, x)
+            return _rounded(gate / (1 + np.exp(-_SLOPES[kind](gate))) * up, x)
 
     def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
         ids, weights = self._route(x, w.router, s)
@@ -154,10 +159,10 @@ class NumpyOps(Expansions):
     def last(self, x: Arr, m: NumpyMeta) -> Arr:
         return x[m.batch.last]
 
-    def logits(self, x: Arr, w: Packed) -> Arr:
+    def logits(self, x: Arr, w: Packed, softcap: float | None = None) -> Arr:
         part = _biased(self._product(x, w), w)
         whole = part if w.spec.shard_axis is None else self._collectives.all_gather(part, 1)
-        return whole[:, : w.spec.shape[0]]  # the last shards end with padding
+        return self._capped(whole[:, : w.spec.shape[0]], softcap)  # the last shards end with padding
 
     def _route(self, x: Arr, router: Packed, s: MoeSpec) -> tuple[Arr, Arr]:
         """Ids of the chosen experts [T,top_k], and their weights."""
@@ -190,8 +195,7 @@ class NumpyOps(Expansions):
         v = np.ascontiguousarray(values[seen].transpose(1, 0, 2))
         group = q.astype(self._wide).reshape(a.heads.kv, -1, a.heads.dim)  # [Hk,G,D]: query head h reads kv head h // G
         score = (group @ k.transpose(0, 2, 1)) * self._wide.type(a.scale)  # [Hk,G,L]
-        if a.softcap is not None:
-            score = self._wide.type(a.softcap) * np.tanh(score / self._wide.type(a.softcap))
+        score = self._capped(score, a.softcap)
         p = np.exp(score - score.max(axis=-1, keepdims=True))
         out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
         return out.reshape(a.heads.q, a.heads.dim)
@@ -233,6 +237,9 @@ class NumpyOps(Expansions):
         """Of one query q [heads,dim] with weights [heads]: which of keys [L,dim] it sees, in their order."""
         score = weights @ np.maximum(q @ np.ascontiguousarray(keys).T, 0)
         return np.sort(np.argsort(-score, kind="stable")[:top_k])
+
+    def _capped(self, x: Arr, softcap: float | None) -> Arr:
+        return x if softcap is None else self._wide.type(softcap) * np.tanh(x / self._wide.type(softcap))
 
     def _latent_row(self, nope: Arr, rope: Arr, held: Arr, position: int, up: Arr, a: LatentSpec) -> Arr:
         """One query [Hq,nope], [Hq,rope] over rows [L,rank+rope] in sequence order, absorbed: [Hq,v], unrounded."""

@@ -24,7 +24,8 @@ def open_dummy(path: Path) -> Checkpoint:
     of random numbers, in which a tensor starts where its name says, and each of its rows STEP further."""
     file = path / "config.json" if path.is_dir() else path
     config, generation = read_json(file), read_optional_json(file.parent / "generation_config.json")
-    shapes = tensor_shapes(ModelSpec.from_hf_config(config, generation))
+    spec = ModelSpec.from_hf_config(config, generation)
+    shapes = tensor_shapes(spec)
 
     longest = max(STEP * rows + width for rows, width in (s for s in shapes.values() if len(s) == 2))
 
@@ -35,7 +36,7 @@ def open_dummy(path: Path) -> Checkpoint:
 
     def read(name: str) -> HostArray:
         if name.endswith("norm.weight"):
-            return np.ones(shapes[name], np.float32)
+            return np.full(shapes[name], 1 - spec.norm_offset, np.float32)
         if name.endswith(".bias"):
             return np.zeros(shapes[name], np.float32)
         rows, width = shapes[name]

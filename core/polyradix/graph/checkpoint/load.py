@@ -97,10 +97,16 @@ class _Read:
         """What a backend's Reader gives, but for the bias."""
         spec = self.spec
         if spec.kind == "rope":
-            return {"weight": rope_table(self.model.rope, *spec.shape)}
+            local = self.model.local_rope if spec.name == "local_rope" else None
+            return {"weight": rope_table(local or self.model.rope, *spec.shape)}
         if spec.quant is not None:
             return self._parts(spec.quant)
-        return {"weight": self._joined("weight", spec.shape[1:][-1:]).reshape(spec.shape)}
+        weight = self._joined("weight", spec.shape[1:][-1:])
+        if spec.kind == "norm":
+            weight += self.model.norm_offset
+        if spec.kind == "embed" and self.model.embed_scale != 1:  # rounded as a product in the step would be
+            np.multiply(weight, weight.dtype.type(self.model.embed_scale), out=weight)
+        return {"weight": weight.reshape(spec.shape)}
 
     def bias(self) -> HostArray:
         if not any(f"{name}.bias" in self.checkpoint.names for name, _ in self.pieces):
