@@ -61,8 +61,11 @@ class AiterHost(TorchBackend):
         meta = super().prepare(batch, prev)
         if not isinstance(self.ops, AiterVerbs) or not isinstance(meta, GpuMeta | TorchMeta):
             return meta
-        planned = PlannedMeta if isinstance(meta, GpuMeta) else PlannedTorchMeta
-        return planned(**vars(meta), plan=plan(batch, self._page_size, self.device))
+        if isinstance(meta, TorchMeta):
+            return PlannedTorchMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
+        if batch.num_tokens == batch.num_seqs:
+            return meta  # decodes, captured or not, are planned on the device
+        return PlannedMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         if isinstance(self.ops, AiterVerbs):
