@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test checks tests-core tests tests-triton tests-rocm tests-tpu tests-aot example bench clean
+.PHONY: help serve test checks tests-core tests tests-triton tests-rocm tests-tpu tests-aot tests-npu example bench clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -19,8 +19,12 @@ CORE := .venv-core/bin
 TPU := .venv-tpu/bin
 AOT := .venv-aot/bin
 AITER := .venv/amd_aiter-0.1.7.post2.dev18-py3-none-any.whl
+NPU := .venv-npu/bin
+# Releases of torch-npu: the one that is simulated, and another whose schemas are compared.
+TORCH_NPU ?= 2.13.0
+TORCH_NPU_OLDER ?= 2.10.0.post4
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
-            backends/tpu/polyradix_tpu backends/rocm/polyradix_rocm \
+            backends/tpu/polyradix_tpu backends/rocm/polyradix_rocm backends/npu/polyradix_npu \
             conformance/polyradix_conformance
 SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
 NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
@@ -38,8 +42,8 @@ serve: .venv/served
 
 # Two at a time, the longest first; each one's output is shown when it has ended. Idle threads of torch must not spin.
 test: export OMP_WAIT_POLICY := passive
-test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-core/tested
-	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-rocm tests-core checks
+test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-npu/tested .venv-core/tested
+	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-npu tests-rocm tests-core checks
 
 checks: .venv/tested
 	$(BIN)/ruff check .
@@ -92,6 +96,15 @@ tests-aot: export JAX_PLATFORMS := cpu
 tests-aot: .venv-aot/tested
 	$(call pytest,$(AOT)) backends/tpu/tests/aot
 
+# The vendor's wheel over stand-ins for its libraries, in an environment of its own: with it, plain `import torch` fails.
+tests-npu: export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
+tests-npu: .venv-npu/tested
+	$(call pytest,$(NPU)) backends/npu/tests
+	for profile in dense moe mla; do \
+	  $(NPU)/conform run --backend npu --emulate --profile $$profile -o .venv-npu/npu-$$profile.json; \
+	done
+	$(NPU)/conform verify .venv-npu/npu-*.json
+
 # What a vendor does with a backend of their own, away from this tree.
 example: .venv/tested .venv/served
 	PYTHON=$(CURDIR)/$(BIN)/python ci/example.sh
@@ -100,7 +113,7 @@ bench: .venv/served
 	$(BIN)/python bench/cpu.py $(ARGS)
 
 clean:
-	rm -rf .venv .venv-core .venv-tpu .venv-aot .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-core .venv-tpu .venv-aot .venv-npu .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf backends/cpu/polyradix_cpu/native/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -prune -exec rm -rf {} +
@@ -119,7 +132,7 @@ clean:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q -e core -e backends/cuda -e backends/rocm -e backends/tpu -e conformance -r ci/requirements-test.txt
+	$(BIN)/pip install -q -e core -e backends/cuda -e backends/rocm -e backends/tpu -e backends/npu -e conformance -r ci/requirements-test.txt
 	touch $@
 
 .venv-core/tested: $(SETUP)
@@ -135,6 +148,14 @@ clean:
 .venv-aot/tested: $(SETUP)
 	$(call venv,.venv-aot)
 	$(AOT)/pip install -q -e core -e conformance -e 'backends/tpu[aot]' -r ci/requirements-core.txt
+	touch $@
+
+.venv-npu/tested: $(SETUP)
+	$(call venv,.venv-npu)
+	$(NPU)/pip install -q 'torch==$(TORCH_VERSION)+cpu' $(TORCH_PIP_ARGS) || $(NPU)/pip install -q 'torch==$(TORCH_VERSION)'
+	$(NPU)/pip install -q 'torch-npu==$(TORCH_NPU)'
+	$(NPU)/pip install -q -e core -e backends/torch -e backends/cpu -e conformance -e backends/npu -r ci/requirements-core.txt
+	$(NPU)/pip download -q --no-deps 'torch-npu==$(TORCH_NPU_OLDER)' -d .venv-npu/older
 	touch $@
 
 define venv

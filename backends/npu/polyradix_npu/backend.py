@@ -1,0 +1,197 @@
+"""The host side of the Ascend backend. Imported when torch-npu is there, real or over the stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+import torch_npu
+from torch_npu.utils.collect_env import get_cann_version
+
+from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.capabilities import FEATURES, Capabilities, check_claimed
+from polyradix.backend.protocol import (
+    KV,
+    Array,
+    Backend,
+    Compiled,
+    HostArray,
+    KVSpec,
+    Limits,
+    Memory,
+    Params,
+    ParamSpec,
+    Reader,
+    Step,
+    Weight,
+)
+from polyradix_npu import calls, latent
+from polyradix_npu.attention import Fused, tnd_sizes
+from polyradix_npu.graphs import Decode, Graphs, StaticBatch, sizes
+from polyradix_npu.ops import Experts, NpuOps
+from polyradix_torch.backend import TorchBackend
+from polyradix_torch.errors import all_told, told
+from polyradix_torch.host import to_torch, torch_dtype
+from polyradix_torch.moe import Router
+from polyradix_torch.ops import Linear, TorchMeta
+from polyradix_torch.pending import Pending
+from polyradix_torch.sample import sample
+
+PAGE = 128  # tokens: the only page size that every form of the fused op takes
+
+
+@all_told(torch.npu)
+class NpuBackend(TorchBackend):
+    """One Ascend device. Decode steps in bfloat16 replay graphs if `capture`; all others run eagerly."""
+
+    def __init__(self, index: int, capture: bool, emulated: bool) -> None:
+        device = torch.device("npu", index)
+        mask, cann = calls.fixed_mask(device), get_cann_version()
+        self._fused = Fused(mask, tnd_sizes(mask, cann, PAGE))
+        self._capture, self._captured = capture, False
+        self._limits: Limits | None = None
+        self._static: StaticBatch | None = None
+        packed = ", ".join(map(str, sorted(self._fused.tnd))) or "none"
+        caps = Capabilities(
+            name="npu",
+            device=torch.npu.get_device_name(index),
+            dtypes=frozenset({"bfloat16", "float32"}),
+            page_sizes=(PAGE,),
+            max_head_dim=512,
+            head_dim_multiple=16,
+            features=FEATURES - {"softcap"},
+            step_tokens=4096,
+            async_launch=True,
+            mem_fraction=0.9,
+            decode_sizes=sizes(256) if capture else (1,),
+            emulated=emulated,
+            notes=(
+                f"torch-npu {torch_npu.__version__}, CANN {cann or 'unknown'}, decode "
+                + ("captured" if capture else "eager"),
+                f"head sizes that share one attention call (TND): {packed}",
+            ),
+        )
+        super().__init__(caps, NpuOps(self._fused), str(device))
+
+    def memory(self) -> Memory:
+        free, total = torch.npu.mem_get_info(self.device)
+        kept = torch.npu.memory_reserved(self.device) - torch.npu.memory_allocated(self.device)
+        return Memory(free=free + kept, total=total)
+
+    def pack(self, spec: ParamSpec, read: Reader) -> Weight:
+        if spec.kind in ("norm", "latent_up"):
+            torch_dtype(spec.dtype)
+            return to_torch(read(), self.device)
+        return super().pack(spec, read)
+
+    def _linear(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        if spec.kind == "logits":
+            return Linear(weight.float(), bias)  # rounding logits to bfloat16 would make ties
+        return Linear(_fractal(weight), bias)
+
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+        return Experts(_fractal(weight.transpose(1, 2).contiguous()))
+
+    def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return Router(Linear(weight, None), bias)
+
+    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
+        check_claimed(spec, self.caps)
+        split = spec.kind == "latent" and spec.head_dim == latent.RANK + latent.ROPE and spec.dtype == "bfloat16"
+        self._captured = self._capture and spec.dtype == "bfloat16" and (spec.kind == "full" or split)
+        if not split:
+            return super().alloc_kv(spec, pages)
+        return [
+            tuple(
+                torch.zeros(pages, spec.page_size, 1, width, dtype=torch.bfloat16, device=self.device)
+                for width in (latent.RANK, latent.ROPE)
+            )
+            for _ in range(spec.layers)
+        ]
+
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
+        if not _split(kv):
+            return super().export_pages(kv, pages)
+        with torch.inference_mode():
+            picked = [(torch.cat([cache[list(pages)] for cache in layer], dim=-1),) for layer in kv]
+            return super().export_pages(picked, range(len(pages)))
+
+    def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
+        if not _split(kv):
+            return super().import_pages(kv, pages, data)
+        super().import_pages([layer[:1] for layer in kv], pages, data[..., : latent.RANK])
+        super().import_pages([layer[1:] for layer in kv], pages, data[..., latent.RANK :])
+        return kv
+
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Decode | TorchMeta:
+        batch.check_prev(prev)
+        limits = self._limits
+        with torch.inference_mode():
+            if self._captured and limits is not None and batch.num_tokens == batch.num_seqs <= limits.max_seqs:
+                return self._load(batch, limits, prev)
+            fields = [batch.tokens, batch.positions, batch.slots, batch.last, batch.from_prev, batch.pages]
+            host = torch.from_numpy(np.concatenate([x.ravel() for x in fields]))
+            tokens, positions, slots, last, source, pages = host.to(self.device).split([x.size for x in fields])
+            if prev is not None:
+                tokens = _taken(tokens, source, prev)
+            table = pages.view(batch.pages.shape)
+            return TorchMeta(tokens, positions, slots, last, table, batch.cu_q.tolist(), batch.kv_len.tolist())
+
+    def _load(self, batch: HostBatch, limits: Limits, prev: Array | None) -> Decode:
+        if self._static is None or self._static.limits != limits:
+            self._static = StaticBatch(limits, PAGE, self.device)
+        loaded = self._static.load(batch)
+        if prev is not None:
+            tokens, source = (self._static.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
+            tokens.copy_(_taken(tokens, source, prev))
+        return loaded
+
+    def compile(self, step: Step, limits: Limits) -> Compiled:
+        ops, self._limits = self.ops, limits
+        graphs = Graphs(step, ops)
+
+        def run(params: Params, kv: KV, meta: Decode | TorchMeta) -> tuple[Array, KV]:
+            with torch.inference_mode():
+                if isinstance(meta, Decode):
+                    return graphs(params, kv, meta), kv
+                return step(ops, params, kv, meta)[0], kv  # changed in place; graphs are of this very list
+
+        return told(torch.npu, run)
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        with torch.inference_mode():
+            return sample(logits, batch, lambda x: x.argmax(-1).int())
+
+    def fetch(self, x: Array) -> Future[HostArray]:
+        with torch.inference_mode():
+            return Pending(x, torch.npu)
+
+
+def create(capture: bool, index: int, emulated: bool) -> Backend:
+    """Raises ValueError for an index that names no device."""
+    count = torch.npu.device_count()
+    if not 0 <= index < count:
+        raise ValueError(f"index is {index}; expected 0 to {count - 1}")
+    torch.npu.set_device(index)
+    if not emulated:
+        return NpuBackend(index, capture, False)
+    from polyradix_npu.emulate.graphs import simulated
+
+    backend: Backend = simulated(lambda: NpuBackend(index, capture, True))
+    return backend
+
+
+def _fractal(weight: torch.Tensor) -> torch.Tensor:
+    return calls.fractal(weight) if weight.dtype == torch.bfloat16 else weight
+
+
+def _taken(tokens: torch.Tensor, source: torch.Tensor, prev: torch.Tensor) -> torch.Tensor:
+    """Tokens, where `source` names a row of `prev` that row's."""
+    return torch.where(source >= 0, prev.index_select(0, source.clamp(min=0)), tokens)
+
+
+def _split(kv: KV) -> bool:
+    """Whether a latent cache is two tensors."""
+    return len(kv[0]) == 2 and kv[0][0].shape != kv[0][1].shape

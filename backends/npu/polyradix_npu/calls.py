@@ -1,0 +1,147 @@
+"""Every call of the vendor's ops, under our names. Nothing else in this package calls torch_npu's ops.
+
+What each allows is in contracts.py. T tokens, S sequences, H hidden size, N heads, D head size, P pages of a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch_npu
+
+FRACTAL_NZ = 29
+MASK = 2048  # rows and columns of the fixed mask
+CAUSAL, BAND = 3, 4  # of sparse_mode: causal from the last key back, and that within a window
+
+
+def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """Over the last axis; w [H] in the dtype of x."""
+    out: torch.Tensor = torch_npu.npu_rms_norm(x.contiguous(), w, eps)[0]
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum normed, and the sum."""
+    normed, _, total = torch_npu.npu_add_rms_norm(x.contiguous(), residual.contiguous(), w, eps)
+    return normed, total
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Half-split pairs of x [T,N,D]; cos and sin [T,D], each half of which is the same, in the dtype of x."""
+    r1, r2 = cos[None, :, None], sin[None, :, None]
+    out: torch.Tensor = torch_npu.npu_rotary_mul(x[None].contiguous(), r1, r2, "half")
+    return out[0]
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """[T,2F] -> [T,F]: silu of the first half times the second."""
+    out: torch.Tensor = torch_npu.npu_swiglu(x.contiguous(), dim=-1)
+    return out
+
+
+def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
+    """Rows [T,N,D] into caches [pages, page, N, D], at int32 slots [T]."""
+    torch_npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *kv, slots, cache_mode="Norm")
+
+
+def fixed_mask(device: torch.device) -> torch.Tensor:
+    """What CAUSAL and BAND want beside their numbers."""
+    return torch.ones(MASK, MASK, dtype=torch.int8).triu(1).to(device)
+
+
+def attend(
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    layout: str,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    **more: Any,
+) -> torch.Tensor:
+    """Fused attention in `layout`; `more` are npu_fused_infer_attention_score_v2's keywords. Output in q's layout."""
+    out: torch.Tensor = torch_npu.npu_fused_infer_attention_score_v2(
+        q.contiguous(),
+        *kv,
+        num_query_heads=heads,
+        num_key_value_heads=kv_heads,
+        softmax_scale=scale,
+        input_layout=layout,
+        **more,
+    )[0]
+    return out
+
+
+def gate_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [T,k] in the dtype of the logits [T,E], and ids int32 [T,k], best first; not renormalised."""
+    weights, ids, _ = torch_npu.npu_moe_gating_top_k_softmax(logits.contiguous(), None, k)
+    return weights, ids
+
+
+def gate(
+    logits: torch.Tensor,
+    k: int,
+    bias: torch.Tensor | None,
+    sigmoid: bool,
+    groups: int,
+    top_groups: int,
+    by_two: bool,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As gate_softmax, with groups and a selection bias. Weights of a sigmoid are renormalised, then times `scale`.
+    `by_two`: a group counts as much as the sum of its two best values, not the best alone."""
+    weights, ids, _ = torch_npu.npu_moe_gating_top_k(
+        logits,
+        k,
+        bias=bias,
+        k_group=top_groups,
+        group_count=groups,
+        group_select_mode=int(by_two),
+        renorm=0,
+        norm_type=int(sigmoid),
+        routed_scaling_factor=scale,
+        eps=1e-20,
+    )
+    return weights, ids
+
+
+def by_expert(x: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows [T*k,H] sorted by expert; where each (token, choice) went, int32 [T*k]; rows of each expert, int64 [E]."""
+    rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x.contiguous(),
+        ids,
+        active_num=ids.numel(),
+        expert_num=experts,
+        drop_pad_mode=0,
+        expert_tokens_num_type=1,
+        expert_tokens_num_flag=True,
+        quant_mode=-1,
+        active_expert_range=[0, experts],
+        row_idx_type=0,
+    )
+    return rows, where, counts
+
+
+def grouped(x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Rows [n,in] times the matrix of their group, w [E,in,out]; `sums` int64 [E] are where each group ends."""
+    out: torch.Tensor = torch_npu.npu_grouped_matmul(
+        [x], [w], group_list=sums, split_item=2, group_type=0, group_list_type=0
+    )[0]
+    return out
+
+
+def combine(rows: torch.Tensor, weights: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The sum over choices [T,k] of weight times row: [T,H] in the dtype of both."""
+    out: torch.Tensor = torch_npu.npu_moe_finalize_routing(
+        rows, None, None, None, weights, where, None, drop_pad_mode=2
+    )
+    return out
+
+
+def fractal(w: torch.Tensor) -> torch.Tensor:
+    """The same matrix or matrices in the layout that the cube unit reads, FRACTAL_NZ."""
+    torch.npu.config.allow_internal_format = True
+    out: torch.Tensor = torch_npu.npu_format_cast(w.contiguous(), FRACTAL_NZ)
+    return out

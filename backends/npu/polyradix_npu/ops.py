@@ -1,0 +1,112 @@
+"""The contract's verbs over the vendor's fused ops; float32, which fused attention does not take, attends in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from polyradix.backend.capabilities import Unsupported
+from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_npu import calls, latent
+from polyradix_npu.attention import Fused, plain
+from polyradix_torch.moe import Router, route
+from polyradix_torch.ops import TorchMeta, TorchOps
+
+
+@dataclass(frozen=True)
+class Experts:
+    """[experts,in,out]: whole experts' matrices, as the grouped product takes them."""
+
+    weight: torch.Tensor
+
+
+class NpuOps(TorchOps):
+    """Ops. A layer's KV is a pair of tensors [pages, page, kv_heads, D], or one of latent rows that the fused op does
+    not take; all are changed in place."""
+
+    def __init__(self, fused: Fused) -> None:
+        super().__init__(invariant=False)
+        self._fused = fused
+
+    def embed(self, w: torch.Tensor, m: TorchMeta) -> torch.Tensor:
+        return F.embedding(m.tokens, w)
+
+    def rms_norm(self, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        return calls.rms_norm(x, w, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return calls.add_rms_norm(x, residual, w, eps)
+
+    def rope(
+        self, q: torch.Tensor, k: torch.Tensor, table: torch.Tensor, m: TorchMeta
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if id(table) not in m.rope:
+            cos, sin = table.index_select(0, m.positions).chunk(2, dim=-1)
+            m.rope[id(table)] = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        cos, sin = m.rope[id(table)]
+        return calls.rotate(q.float(), cos, sin).to(q.dtype), calls.rotate(k.float(), cos, sin).to(k.dtype)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
+        if a.softcap is not None:
+            raise Unsupported("softcap")
+        calls.write(k, v, kv, m.slots)
+        return (plain if q.dtype == torch.float32 else self._fused.attend)(q, kv, m, a), kv
+
+    def attend_latent(
+        self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec
+    ) -> Any:
+        nope, turned = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
+        turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
+        row = self.rms_norm(c[:, : a.rank], w.norm, a.eps)
+        if a.attn_scale:
+            t = 1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log()
+            nope, turned = ((x * t[:, None, None]).to(q.dtype) for x in (nope, turned))
+        if len(kv) == 1:
+            (cache,) = kv
+            cache.view(-1, cache.shape[-1]).index_copy_(0, m.slots.long(), torch.cat([row, key[:, 0]], dim=1))
+            out = latent.plain(nope, turned, kv, m, w.up, a)
+        else:
+            calls.write(row[:, None], key, kv, m.slots)
+            if len(q) == len(m.kv_len):
+                out = latent.absorb(nope, turned, kv, m, w.up, a)
+            else:
+                out = latent.expand(nope, turned, kv, m, w.up, a, self._fused.mask)
+        return out.flatten(1), kv
+
+    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
+        if kind != "silu":
+            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
+        return calls.swiglu(x)
+
+    def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        ids, weights = _route(w.router, x, s)
+        rows, where, counts = calls.by_expert(x, ids, s.experts)
+        sums = counts.cumsum(0)
+        made = calls.grouped(calls.swiglu(calls.grouped(rows, w.gate_up.weight, sums)), w.down.weight, sums)
+        return calls.combine(made.float(), weights, where).to(x.dtype)
+
+    def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
+        return x.index_select(0, m.last)
+
+
+def _route(router: Router, x: torch.Tensor, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids int32 [T,top_k], best first, and weights float32. In torch, what the vendor's gates do not compute."""
+    logits, softmax = router.logits(x), s.scoring == "softmax"
+    if softmax and s.groups == 1 and router.bias is None:
+        weights, ids = calls.gate_softmax(logits, s.top_k)
+    elif (softmax or s.renormalise) and s.experts // s.groups > 2 and s.group_best <= 2:
+        scale = 1.0 if softmax else s.scale
+        weights, ids = calls.gate(
+            logits, s.top_k, router.bias, not softmax, s.groups, s.top_groups, s.group_best == 2, scale
+        )
+    else:
+        ids, weights = route(logits, router.bias, s)
+        return ids.int(), weights
+    if softmax and s.renormalise:
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return ids, weights * s.scale if softmax else weights

@@ -1,0 +1,109 @@
+"""The simulated device itself: nothing runs that was not computed, and a graph is held to what a real one does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch_npu
+
+from polyradix_npu import calls
+from polyradix_npu.contracts import WrongCall
+from polyradix_npu.emulate.device import SimulatedDevice
+from polyradix_npu.emulate.graphs import device as the_device
+
+
+def on(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).to("npu")
+
+
+def test_outside_the_simulation_a_launch_is_an_error_and_no_zeros() -> None:
+    with the_device():
+        x = on(3, 4)
+    with pytest.raises(RuntimeError, match="507000"):
+        x + 1
+    with pytest.raises(RuntimeError, match="507000"):
+        calls.rms_norm(x, x[0], 1e-5)
+
+
+def test_a_tensor_of_the_host_among_the_devices_is_refused(device: SimulatedDevice) -> None:
+    with pytest.raises(WrongCall, match="on cpu"):
+        on(3, 4) + torch.ones(3, 4)
+
+
+def test_memory_is_counted(device: SimulatedDevice) -> None:
+    before, _ = torch.npu.mem_get_info()
+    held = torch.zeros(64 << 20, dtype=torch.uint8, device="npu")
+    assert before - torch.npu.mem_get_info()[0] >= len(held)
+
+
+def test_the_cubes_format_is_refused_where_rows_are_wanted(device: SimulatedDevice) -> None:
+    rows, x = on(32, 64), on(5, 64)
+    w = calls.fractal(rows)
+    assert int(torch_npu.get_npu_format(w)) == calls.FRACTAL_NZ
+    want = x.cpu().float().numpy() @ rows.cpu().float().numpy().T
+    np.testing.assert_allclose(torch.nn.functional.linear(x, w).float().cpu().numpy(), want, rtol=0.01, atol=0.1)
+    with pytest.raises(WrongCall, match="FRACTAL_NZ"):
+        w + 1
+
+
+class Captured:
+    """One attention over a cache, twice plus one, captured for two sequences."""
+
+    def __init__(self) -> None:
+        self.kv = (on(4, 128, 256), on(4, 128, 256))
+        self.q, self.pages = on(2, 4, 128), torch.tensor([[1], [2]], dtype=torch.int32).to("npu")
+        self.mask = calls.fixed_mask(torch.device("npu"))
+        self.graph = torch.npu.NPUGraph()
+        with torch.npu.graph(self.graph, auto_dispatch_capture=True):
+            self.out = self.step([1, 1])
+
+    def step(self, lengths: list[int]) -> torch.Tensor:
+        more = {"actual_seq_qlen": [1, 2], "sparse_mode": calls.CAUSAL, "atten_mask": self.mask}
+        paged = {"block_table": self.pages, "block_size": 128, "actual_seq_kvlen": lengths}
+        return calls.attend(self.q + 1, self.kv, "TND", 4, 2, 0.1, **paged, **more) * 2
+
+    def replay(self, lengths: list[int]) -> np.ndarray:
+        self.graph.update(cpu_update_input=[{"actual_seq_kvlen": lengths}])
+        self.graph.replay()
+        return self.out.float().cpu().numpy()
+
+
+def test_a_replay_reads_new_lengths_and_new_values(device: SimulatedDevice) -> None:
+    c = Captured()
+    for lengths in ([5, 77], [9, 128]):
+        np.testing.assert_array_equal(c.replay(lengths), c.step(lengths).float().cpu().numpy())
+        c.q.copy_(on(2, 4, 128))
+
+
+def test_a_capture_computes_nothing(device: SimulatedDevice) -> None:
+    c = Captured()
+    assert c.out.isnan().all().cpu()
+    cache = on(2, 128, 2, 64)
+    before = cache.cpu()
+    with torch.npu.graph(torch.npu.NPUGraph(), auto_dispatch_capture=True):
+        calls.write(cache[0, :2], cache[0, :2], (cache, cache), c.pages[:, 0])
+    assert torch.equal(cache.cpu(), before)
+
+
+def test_a_replay_without_an_update_would_hang(device: SimulatedDevice) -> None:
+    c = Captured()
+    c.replay([5, 77])
+    with pytest.raises(WrongCall, match="wait for ever"):
+        c.graph.replay()
+
+
+def test_an_update_is_checked_as_a_call(device: SimulatedDevice) -> None:
+    c = Captured()
+    with pytest.raises(WrongCall, match="lengths up to 128"):
+        c.graph.update(cpu_update_input=[{"actual_seq_kvlen": [5, 129]}])
+    device.updating = None
+
+
+def test_copies_between_host_and_device_cannot_be_captured(device: SimulatedDevice) -> None:
+    x = on(3, 4)
+    for copy in (lambda: x.cpu(), lambda: x.copy_(torch.ones(3, 4)), lambda: x.sum().item()):
+        graph = torch.npu.NPUGraph()
+        with pytest.raises(WrongCall, match="while a graph is captured"):  # noqa: SIM117
+            with torch.npu.graph(graph):
+                copy()

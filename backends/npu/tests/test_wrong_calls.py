@@ -1,0 +1,174 @@
+"""Calls that the vendor's documents forbid are refused, each for its own reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch_npu
+
+from polyradix_npu import calls
+from polyradix_npu.contracts import CHECKS, WrongCall
+from polyradix_npu.emulate.device import SimulatedDevice
+
+BF16 = torch.bfloat16
+
+
+def on(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).to("npu")
+
+
+def ids(rows: list[list[int]] | list[int], dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.tensor(rows, dtype=dtype).to("npu")
+
+
+def attend(layout: str = "TND", **changes: Any) -> None:
+    """Two sequences of 3 and 1 new tokens, 130 and 7 in all, which is right until something is changed."""
+    dim, heads = changes.pop("dim", 128), changes.pop("heads", 4)
+    cache = changes.pop("cache", None)
+    cache = on(5, 128, 2 * dim) if cache is None else cache
+    more: dict[str, Any] = {
+        "block_table": ids([[1, 2], [3, 0]]),
+        "block_size": 128,
+        "actual_seq_kvlen": [130, 7],
+        "sparse_mode": 3,
+        "atten_mask": calls.fixed_mask(torch.device("npu")),
+    }
+    if layout == "TND":
+        more["actual_seq_qlen"] = [3, 4]
+    q = changes.pop("q", on(4, 4, dim) if layout == "TND" else on(2, 1, 4, dim))
+    calls.attend(q, (cache, changes.pop("values", cache)), layout, heads, 2, 0.1, **{**more, **changes})
+
+
+def single(**changes: Any) -> None:
+    attend("BSND", **{"sparse_mode": 0, "atten_mask": None, **changes})
+
+
+def latent(heads: int = 4, rows: int = 1, **changes: Any) -> None:
+    cache, size = on(5, 128, 512), changes.pop("size", 512)
+    paged = {"block_table": ids([[1, 2]]), "block_size": 128, "actual_seq_kvlen": [130]}
+    ropes = {"query_rope": on(1, rows, heads, 64), "key_rope": on(5, 128, 64)}
+    calls.attend(on(1, rows, heads, size), (cache, cache), "BSND", heads, 1, 0.1, **{**paged, **ropes, **changes})
+
+
+def write(slots: list[int], page: int = 128, dtype: torch.dtype = BF16, **more: Any) -> None:
+    caches = on(3, page, 2, 64), on(3, page, 2, 64)
+    rows = on(len(slots), 2, 64, dtype=dtype)
+    torch_npu.npu_scatter_pa_kv_cache(rows, rows, *caches, ids(slots), **{"cache_mode": "Norm", **more})
+
+
+def grouped(**changes: Any) -> None:
+    more = {"group_list": ids([2, 6], torch.int64), "split_item": 2, "group_type": 0, "group_list_type": 0}
+    weight = changes.pop("weight", on(2, 32, 16))
+    torch_npu.npu_grouped_matmul([on(6, 32)], [weight], **{**more, **changes})
+
+
+def gate(experts: int = 16, **changes: Any) -> None:
+    torch_npu.npu_moe_gating_top_k(on(3, experts, dtype=torch.float32), **{"k": 2, **changes})
+
+
+def routed(chosen: torch.Tensor | None = None, **changes: Any) -> None:
+    more = {"expert_num": 8, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True, "active_expert_range": [0, 8]}
+    picked = ids([[0, 7], [3, 1]]) if chosen is None else chosen
+    torch_npu.npu_moe_init_routing_v2(on(2, 32), picked, **{**more, **changes})
+
+
+def combine(rows: torch.Tensor, scales: torch.Tensor, mode: int = 2) -> None:
+    torch_npu.npu_moe_finalize_routing(rows, None, None, None, scales, ids([0, 1, 2, 3]), None, drop_pad_mode=mode)
+
+
+RIGHT: dict[str, Callable[[], Any]] = {
+    "attention in TND": attend,
+    "windows": lambda: attend(sparse_mode=4, pre_tokens=6, next_tokens=0),
+    "one query row": single,
+    "latent attention": latent,
+    "latent attention, several rows": lambda: latent(
+        rows=3, sparse_mode=3, atten_mask=calls.fixed_mask(torch.device("npu"))
+    ),
+    "the cache": lambda: write([128, 300, 5]),
+    "grouped product": grouped,
+    "gate": lambda: gate(group_count=4, k_group=2),
+    "routing": routed,
+    "combining": lambda: combine(on(4, 8), on(2, 2)),
+}
+
+WRONG: dict[str, tuple[Callable[[], Any], str]] = {
+    "head size 64 in TND": (lambda: attend(dim=64), "heads of 128 or 192"),
+    "no mask": (lambda: attend(atten_mask=None), "atten_mask is None"),
+    "a small mask": (lambda: attend(atten_mask=on(128, 128).bool()), r"\(2048, 2048\)"),
+    "a lower mask": (
+        lambda: attend(atten_mask=calls.fixed_mask(torch.device("npu")).t().contiguous()),
+        "above the diag",
+    ),
+    "int64 pages": (lambda: attend(block_table=ids([[1, 2], [3, 0]], torch.int64)), "block_table is int64"),
+    "a page that is not there": (lambda: attend(block_table=ids([[1, 5], [3, 0]])), "blocks from 0 to 4"),
+    "too few pages": (lambda: attend(block_table=ids([[1], [3]])), "lengths up to 128"),
+    "running sums of keys with pages": (lambda: attend(actual_seq_kvlen=[130, 300]), "they are no sums"),
+    "lengths of queries, no sums": (lambda: attend(actual_seq_qlen=[3, 1]), "do not fall"),
+    "query rows left over": (lambda: attend(actual_seq_qlen=[2, 3]), "4 at its end"),
+    "more query rows than keys": (lambda: attend(actual_seq_kvlen=[2, 7]), "actual_seq_kvlen is"),
+    "no lengths": (lambda: attend(actual_seq_kvlen=None), "a list"),
+    "four axes in TND": (lambda: attend(q=on(1, 4, 4, 128)), "3 dimensions"),
+    "a wrong number of heads": (lambda: attend(heads=8), "the heads of query, 4"),
+    "float32 queries": (lambda: attend(q=on(4, 4, 128, dtype=torch.float32)), "float16 or bfloat16"),
+    "values in another dtype": (lambda: attend(values=on(5, 128, 256, dtype=torch.float16)), "the dtype of query"),
+    "a wrong block size": (lambda: attend(block_size=64), r"blocks of block_size \(64\)"),
+    "an unknown sparse mode": (lambda: attend(sparse_mode=2), "0, 3 or 4"),
+    "an unknown layout": (lambda: attend("BSH"), "input_layout is BSH"),
+    "a mode on one row": (lambda: single(sparse_mode=3), "no effect on a single query row"),
+    "a mask of another width": (lambda: single(atten_mask=ids([[[[0]]], [[[0]]]]).bool()), r"shape \(2, 1, 1, 256\)"),
+    "small pages for several rows": (
+        lambda: attend("BSND", q=on(2, 3, 4, 64), cache=on(5, 64, 128), dim=64, block_size=64, actual_seq_kvlen=[9, 7]),
+        "whole 128s",
+    ),
+    "three latent heads": (lambda: latent(heads=3), "num_query_heads is 3"),
+    "rope of the query alone": (lambda: latent(key_rope=None), "key_rope is None"),
+    "many latent rows": (lambda: latent(rows=17, sparse_mode=3), "at most 16"),
+    "latent rows of 256": (lambda: latent(size=256), "128 or 512 columns"),
+    "slots twice": (lambda: write([128, 128]), "distinct slots"),
+    "a slot out of range": (lambda: write([384]), "slots from 0 to 383"),
+    "the default cache mode": (lambda: write([1], cache_mode="PA_NZ"), "'Norm'"),
+    "rows of another dtype": (lambda: write([1], dtype=torch.float16), "the dtype of key"),
+    "a gamma of float16": (lambda: calls.rms_norm(on(3, 64), on(64, dtype=torch.float16), 1e-5), "gamma is float16"),
+    "a gamma of another width": (lambda: calls.rms_norm(on(3, 64), on(32), 1e-5), "the last axes of input"),
+    "residuals of another shape": (lambda: calls.add_rms_norm(on(3, 64), on(2, 64), on(64), 1e-5), "the shape of x1"),
+    "cos of another dtype": (
+        lambda: calls.rotate(on(3, 2, 64), on(3, 64, dtype=torch.float32), on(3, 64)),
+        "the dtype of input",
+    ),
+    "an odd gate": (lambda: calls.swiglu(on(3, 63)), "an even axis"),
+    "groups of two experts": (lambda: gate(group_count=8, k_group=8), "more than 2 experts"),
+    "renormalising in the gate": (lambda: gate(renorm=1), "renorm is 1"),
+    "too many chosen": (lambda: gate(k=9, group_count=4, k_group=2), "1 to 8"),
+    "expert ids of int64": (lambda: routed(ids([[0, 7], [3, 1]], torch.int64)), "expected int32"),
+    "an expert that is not there": (lambda: routed(ids([[0, 8], [3, 1]])), "ids from 0 to 7"),
+    "running sums of experts": (lambda: routed(expert_tokens_num_type=0), "1 or 2"),
+    "groups that leave rows out": (lambda: grouped(group_list=ids([2, 5], torch.int64)), "6 rows in all"),
+    "groups of int32": (lambda: grouped(group_list=ids([2, 6])), "group_list is int32"),
+    "many results": (lambda: grouped(split_item=0), "2 or 3"),
+    "matrices turned around": (lambda: grouped(weight=on(2, 16, 32)), "32 rows in each matrix"),
+    "weights of another dtype": (lambda: combine(on(4, 8), on(2, 2, dtype=torch.float32)), "the dtype of expanded"),
+    "rows in column order": (lambda: combine(on(4, 8), on(2, 2), mode=0), "drop_pad_mode is 0"),
+    "an unknown format": (lambda: torch_npu.npu_format_cast(on(16, 16), 4), "acl_format is 4"),
+    "an op without a contract": (lambda: torch_npu.npu_fast_gelu(on(3, 4)), "no contract of it"),
+}
+
+
+@pytest.mark.parametrize("what", RIGHT)
+def test_right_calls_are_taken(what: str, device: SimulatedDevice) -> None:
+    RIGHT[what]()
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_calls_are_refused(what: str, device: SimulatedDevice) -> None:
+    call, reason = WRONG[what]
+    with pytest.raises(WrongCall, match=reason):
+        call()
+
+
+def test_every_op_has_a_contract_and_a_reference() -> None:
+    from polyradix_npu.emulate.reference import OPS
+
+    assert set(OPS) == {*CHECKS, "npu_fused_infer_attention_score_v2"}
