@@ -61,7 +61,7 @@ class NpuBackend(TorchBackend):
             page_sizes=(PAGE,),
             max_head_dim=512,
             head_dim_multiple=16,
-            features=FEATURES - {"softcap"},
+            features=FEATURES - {"softcap", "indexer"},
             step_tokens=4096,
             async_launch=True,
             mem_fraction=0.9,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix.backend.expand import Expansions
+from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
 from polyradix_npu import calls, latent
 from polyradix_npu.attention import Fused, plain
 from polyradix_torch.moe import Router, route
-from polyradix_torch.ops import TorchMeta, TorchOps
+from polyradix_torch.ops import GATES, Linear, TorchMeta, TorchOps
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,15 @@ class NpuOps(TorchOps):
                 out = latent.expand(nope, turned, kv, m, w.up, a, self._fused.mask)
         return out.flatten(1), kv
 
-    def gated(self, x: torch.Tensor, kind: Literal["silu"]) -> torch.Tensor:
-        if kind != "silu":
-            raise Unsupported("gated", f"kind is {kind!r}; expected 'silu'")
-        return calls.swiglu(x)
+    attend_sparse = Expansions.attend_sparse
+
+    def gated(self, x: torch.Tensor, kind: Gate) -> torch.Tensor:
+        if kind == "silu":
+            return calls.swiglu(x)
+        if kind != "gelu_tanh":
+            raise Unsupported("gated", f"kind is {kind!r}; expected one of {', '.join(GATES)}")
+        gate, up = x.float().chunk(2, dim=-1)
+        return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
         ids, weights = _route(w.router, x, s)
@@ -89,6 +95,11 @@ class NpuOps(TorchOps):
         sums = counts.cumsum(0)
         made = calls.grouped(calls.swiglu(calls.grouped(rows, w.gate_up.weight, sums)), w.down.weight, sums)
         return calls.combine(made.float(), weights, where).to(x.dtype)
+
+    def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
+        if softcap is not None:
+            raise Unsupported("softcap")
+        return w(x)
 
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x.index_select(0, m.last)
