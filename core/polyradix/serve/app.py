@@ -102,10 +102,8 @@ class Server:
         if not prompt:
             raise field_error(field, prompt, "at least one token")
         if len(prompt) + output > context:
-            message = (
-                f"the prompt has {len(prompt)} tokens; with at least one token of output that is more than the context "
-                f"of {context} tokens"
-            )
+            more = "with at least one token of output that" if output else "that"
+            message = f"the prompt has {len(prompt)} tokens; {more} is more than the context of {context} tokens"
             raise ApiError(400, message, field, "context_length_exceeded")
         if self.max_prompt is not None and len(prompt) > self.max_prompt:
             message = f"the prompt has {len(prompt)} tokens; this server takes at most {self.max_prompt}"
@@ -176,7 +174,7 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
         raise field_error(
             "prompt", f"{len(given)} prompts, n {best_of}", f"at most {openai.MAX_CHOICES} choices in a request"
         )
-    silent = openai.silent(body)
+    silent = openai.silent(body, bool(body.echo))
     wanted = 0 if logprobs is None and best_of > n else logprobs
     choices: list[Choice] = []
     echoes: list[list[Choice]] = []  # by prompt
@@ -202,9 +200,11 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
 
 async def generate(server: Server, body: openai.GenerateRequest, started: float) -> Answer:
     ids = server.check_ids(body.input_ids, "input_ids")
-    choice = server.choice(0, ids, body, "input_ids", 16, body.logprobs)
-    run = Generation(server.client, server.metrics, [choice], started)
     form, top = GenerateForm(), body.prompt_logprobs
+    silent = openai.silent(body, top is not None)
+    choice = server.choice(0, ids, body, "input_ids", 16, body.logprobs)
+    choice.silent = silent
+    run = Generation(server.client, server.metrics, [choice], started)
     if top is None:
         return answer(run, form, bool(body.stream))
     if not 0 <= top <= 20:

@@ -231,9 +231,9 @@ def best_of(body: CompletionRequest) -> int:
     return best
 
 
-def silent(body: CompletionRequest) -> bool:
-    """An echo of the prompt, and nothing else. It still takes the engine a token."""
-    if not body.echo or body.max_tokens != 0:
+def silent(body: Sampling, prompt: bool) -> bool:
+    """Only what it asks of its `prompt` is wanted, if it asks for anything. It still takes the engine a token."""
+    if not prompt or body.max_tokens != 0:
         return False
     body.max_tokens = 1
     return True

@@ -29,6 +29,7 @@ FIELDS = (  # of the chat, and what they are called here
     (r"response_format\.json_schema\.(\w+)", r"text.format.\1"),
     (r"response_format\b(.*)", r"text.format\1"),
     (r"(tools\[\d+\])\.function\b(.*)", r"\1\2"),
+    (r"tool_choice\.allowed_tools(.*)", r"tool_choice\1"),
 )
 REFUSED: Mapping[str, tuple[object, ...]] = {
     "previous_response_id": (),
@@ -70,10 +71,7 @@ def chat_request(body: ResponsesRequest) -> ChatRequest:
     chat["max_tokens"] = body.max_output_tokens
     chat["messages"] = _messages(body)
     chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools or [])] or None
-    choice = body.tool_choice
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        choice = {"type": "function", "function": {"name": choice.get("name")}}
-    chat["tool_choice"] = choice
+    chat["tool_choice"] = _choice(body.tool_choice)
     chat["response_format"] = _format(body.text or {})
     chat["reasoning_effort"] = (body.reasoning or {}).get("effort")
     try:
@@ -153,9 +151,20 @@ def _string(value: object, field: str) -> str:
 
 def _tool(tool: Json, field: str) -> Json:
     if tool.get("type") != "function":
-        raise field_error(f"{field}.type", tool.get("type"), "'function'")
+        raise field_error(f"{field}.type", tool.get("type"), "'function': this server runs no tools of its own")
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {n: tool[n] for n in names if n in tool}}
+
+
+def _choice(given: str | Json | None) -> str | Json | None:
+    """As chats have it: the function's name is one level deeper, and so is what allowed_tools says."""
+    if not isinstance(given, dict):
+        return given
+    if given.get("type") == "allowed_tools":
+        tools = given.get("tools")
+        inner = given | {"tools": [_choice(tool) for tool in tools] if isinstance(tools, list) else tools}
+        return {"type": "allowed_tools", "allowed_tools": inner}
+    return given | {"function": {"name": given.get("name")}}
 
 
 def _format(text: Json) -> Json | None:

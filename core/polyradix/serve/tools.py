@@ -76,8 +76,8 @@ class Talk:
         self._formats = formats
         tools = body.tools or []
         _check_tools(tools)
-        self._mode, self._named = _tool_choice(body.tool_choice, [tool.function.name for tool in tools])
-        self._tools = [] if self._mode == "none" else tools
+        self._mode, self._named, allowed = _tool_choice(body.tool_choice, [tool.function.name for tool in tools])
+        self._tools = [] if self._mode == "none" else [tool for tool in tools if tool.function.name in allowed]
         if self._tools and formats.tools is None:
             why = "this model's way to call them is not known; see --tool-call-parser"
             raise ApiError(400, f"tools cannot be used: {why}", "tools")
@@ -165,19 +165,39 @@ def _check_schema(schema: dict[str, Any], field: str) -> None:
             raise field_error(f"{field}.properties.{name}", value, "a JSON schema")
 
 
-def _tool_choice(given: str | dict[str, Any] | None, names: list[str]) -> tuple[str, str | None]:
-    """`none`, `auto` or `required`, and the function that it must be, if one."""
+def _tool_choice(given: str | dict[str, Any] | None, names: list[str]) -> tuple[str, str | None, list[str]]:
+    """`none`, `auto` or `required`; the function that it must be, if one; and those that it may be."""
     if given is None or given in ("none", "auto"):
-        return ("none" if given == "none" or not names else "auto"), None
+        return ("none" if given == "none" or not names else "auto"), None, names
     if not names:
         raise field_error("tool_choice", given, "nothing unless tools are given")
     if given == "required":
-        return "required", None
-    function = given.get("function") if isinstance(given, dict) and given.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str):
-        expected = "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}"
+        return "required", None, names
+    form = given if isinstance(given, dict) else {}
+    if form.get("type") == "allowed_tools":
+        return _allowed(form.get("allowed_tools"), names)
+    name = _name(form)
+    if name is None:
+        expected = "'none', 'auto', 'required', {'type': 'function', 'function': {'name': ...}} or allowed_tools"
         raise field_error("tool_choice", given, expected)
     if name not in names:
         raise field_error("tool_choice", name, f"one of the tools: {', '.join(names)}")
-    return "required", name
+    return "required", name, names
+
+
+def _allowed(given: object, names: list[str]) -> tuple[str, None, list[str]]:
+    form = given if isinstance(given, dict) else {}
+    mode, tools = form.get("mode"), form.get("tools")
+    if mode not in ("auto", "required"):
+        raise field_error("tool_choice.allowed_tools.mode", mode, "'auto' or 'required'")
+    allowed = [_name(tool) for tool in tools] if isinstance(tools, list) else []
+    if not allowed or not set(allowed) <= set(names):
+        raise field_error("tool_choice.allowed_tools.tools", tools, f"functions among the tools: {', '.join(names)}")
+    return mode, None, [name for name in names if name in allowed]
+
+
+def _name(tool: object) -> str | None:
+    """Of `{"type": "function", "function": {"name": ...}}`, None for anything else."""
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None

@@ -238,8 +238,10 @@ def test_best_of(make_live: Any) -> None:
                 entry.logprob = worth[seed]
             return chunk
 
-    with make_live(Engine(lambda s: [97 + s.params.seed - 10] * (s.params.seed - 9))) as live:
-        client = openai.OpenAI(base_url=live.url + "/v1", api_key="x")
+    with (
+        make_live(Engine(lambda s: [97 + s.params.seed - 10] * (s.params.seed - 9))) as live,
+        openai.OpenAI(base_url=live.url + "/v1", api_key="x") as client,
+    ):
         answer = client.completions.create(model="fake", prompt="x", n=2, best_of=4, seed=10)
         assert [(c.index, c.text, c.logprobs) for c in answer.choices] == [(0, "bb", None), (1, "dddd", None)]
         assert answer.usage.completion_tokens == 1 + 2 + 3 + 4

@@ -170,6 +170,22 @@ def test_formats_and_choices_reach_the_engine(serve: Any) -> None:
     assert (thing.kind, none, call.kind) == ("json_object", None, "lark")
 
 
+def test_only_allowed_tools_are_offered(serve: Any) -> None:
+    live = serve('<tool_call>{"name": "then", "arguments": {}}</tool_call>')
+    tools = [NOW, NOW | {"name": "then"}]
+    for mode in ("auto", "required"):
+        choice = ALLOWED | {"mode": mode, "tools": [{"type": "function", "name": "then"}]}
+        got = ask(live, False, tools=tools, tool_choice=choice)
+        assert got.tool_choice.model_dump() == choice
+        assert len(got.tools) == 2
+    assert [tool["function"]["name"] for _, said in live.seen for tool in said["tools"]] == ["then"] * 2
+    auto, required = (submit.params.grammar for submit in live.engine.submits)
+    assert auto is None
+    assert "then" in required.source
+    assert "now" not in required.source
+
+
+ALLOWED = {"type": "allowed_tools", "mode": "auto"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"input": 5}, "input"),
     ({"input": []}, "input"),
@@ -191,6 +207,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [NOW | {"parameters": {"type": "array"}}]}, "tools[0].parameters.type"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tools": [NOW], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
+    ({"tools": [NOW], "tool_choice": {"type": "web_search"}}, "tool_choice"),
+    ({"tools": [NOW], "tool_choice": {"type": "allowed_tools", "tools": [NOW]}}, "tool_choice.mode"),
+    ({"tools": [NOW], "tool_choice": ALLOWED | {"tools": [{"type": "function", "name": "x"}]}}, "tool_choice.tools"),
+    ({"tools": [NOW], "tool_choice": ALLOWED | {"tools": 5}}, "tool_choice.tools"),
     ({"text": {"format": 5}}, "text.format"),
     ({"text": {"format": {"type": "yaml"}}}, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),

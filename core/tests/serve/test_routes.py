@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -42,8 +43,8 @@ def test_base64_and_order(embedder: Any) -> None:
 
 
 def test_the_official_client(embedder: Any) -> None:
-    client = openai.OpenAI(base_url=embedder.url + "/v1", api_key="x")
-    found = client.embeddings.create(model="fake", input=["abc", "abcd"])  # asks for base64 by itself
+    with openai.OpenAI(base_url=embedder.url + "/v1", api_key="x") as client:
+        found = client.embeddings.create(model="fake", input=["abc", "abcd"])  # asks for base64 by itself
     assert [list(d.embedding) for d in found.data] == [[3.0, 1.0, 0.5], [4.0, 1.0, 0.5]]
 
 
@@ -98,6 +99,35 @@ def test_prompt_logprobs(live: Any, stream: bool) -> None:
     for wrong in (-1, 21, True):
         status, error = live.error(NATIVE, body | {"prompt_logprobs": wrong})
         assert (status, error["param"]) == (400, "prompt_logprobs")
+
+
+def test_prompt_logprobs_alone(live: Any) -> None:
+    body = {"input_ids": [5, 6, 7], "prompt_logprobs": 0, "max_tokens": 0, "logprobs": 1}
+    answer = live.post(NATIVE, body).json()
+    assert answer["prompt_logprobs"] == [None, [-0.5, []], [-0.5, []]]
+    assert (answer["output_ids"], answer["logprobs"], answer["finish_reason"]) == ([], [], "length")
+    assert answer["usage"]["completion_tokens"] == 0
+    assert live.error(NATIVE, {"input_ids": [5], "max_tokens": 0})[1]["param"] == "max_tokens"
+
+
+def test_hanging_up_ends_reads(make_live: Any) -> None:
+    class Mute(FakeEngine):
+        def _read(self, read: Any) -> None:
+            reads.append(read.rid)
+
+    reads: list[str] = []
+    with make_live(Mute(), pooling="last") as live:
+        for path, body in ((EMBED, {"input": ["a", "b"]}), (NATIVE, {"input_ids": [5, 6], "prompt_logprobs": 0})):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(live.url + path, json=body, timeout=0.3)
+        live.wait(lambda: sorted(live.engine.aborts) == sorted(reads))
+        assert len(reads) == 3
+        assert live.server.client._calls == {}
+
+
+def test_an_embedding_has_no_output_to_make_room_for(embedder: Any) -> None:
+    message = embedder.error(EMBED, {"input": "x" * 257})[1]["message"]
+    assert message == "the prompt has 257 tokens; that is more than the context of 256 tokens"
 
 
 def test_tokenize(live: Any) -> None:

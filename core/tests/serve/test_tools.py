@@ -263,6 +263,7 @@ def function(**more: Any) -> dict[str, Any]:
         ({"tools": [function(name=f"f{i}") for i in range(129)]}, "tools"),
         ({"tools": [function()], "tool_choice": "any"}, "tool_choice"),
         ({"tools": [function()], "tool_choice": {}}, "tool_choice"),
+        ({"tools": [function()], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools.mode"),
         ({"tools": [function()], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"tools": [function()], "tool_choice": {"type": "function", "function": {"name": ["f"]}}}, "tool_choice"),
     ],
