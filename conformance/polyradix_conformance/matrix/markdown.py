@@ -14,33 +14,33 @@ SPECIAL = re.compile(r"([\\`*_{}\[\]|~])")
 def markdown(m: Matrix) -> str:
     """A line per report, the table, the legend and the notes."""
     verdicts = [f"- {_verdict(r)}" for c in m.columns for r in c.reports]
-    table = [_line(["", *map(_head, m.columns)]), "|---|" + "---|" * len(m.columns), *(_row(m, r) for r in m.rows)]
+    table = [line(["", *map(_head, m.columns)]), "|---|" + "---|" * len(m.columns), *(_row(m, r) for r in m.rows)]
     legend = "; ".join(f"{symbol} {words}" for symbol, words in STATES.values())
     how = (
         f"Cells: cases passed / cases (largest error, as a multiple of the rounding floor, of which {K:g} is allowed; "
         f"share of the device's roofline, where it was timed). {legend}."
     )
-    notes = [f"- {_text(n)}" for n in m.notes]
+    notes = [f"- {text(n)}" for n in m.notes]
     return "\n\n".join("\n".join(part) for part in (verdicts, table, [how], notes) if part) + "\n"
 
 
 def _verdict(r: Json) -> str:
     emulated = ", **emulated**" if r["emulated"] else ""
-    why = f": {_text('; '.join(r['reasons']))}" if r["reasons"] else ""
+    why = f": {text('; '.join(r['reasons']))}" if r["reasons"] else ""
     result = f"**{r['verdict']}**{why}"
-    return f"{_text(r['backend'])} on {_text(r['device'])}{emulated}, {r['profile']}: {result} ({counts(r)}), {day(r)}"
+    return f"{text(r['backend'])} on {text(r['device'])}{emulated}, {r['profile']}: {result} ({counts(r)}), {day(r)}"
 
 
 def _head(c: Column) -> str:
     r = c.last
     emulated = ["**emulated**"] if r["emulated"] else []
     version = f"suite {r['suite']}, protocol {'.'.join(map(str, r['protocol']))}"
-    return "<br>".join([_text(r["backend"]), *emulated, _text(r["device"]), day(r), _text(version)])
+    return "<br>".join([text(r["backend"]), *emulated, text(r["device"]), day(r), text(version)])
 
 
 def _row(m: Matrix, row: Row) -> str:
-    title = f"**{_text(row.title)}**" if row.heading else _text(row.title)
-    return _line([title, *(_cell(m.cell(row, c)) if row.counted else "" for c in m.columns)])
+    title = f"**{text(row.title)}**" if row.heading else text(row.title)
+    return line([title, *(_cell(m.cell(row, c)) if row.counted else "" for c in m.columns)])
 
 
 def _cell(c: Cell) -> str:
@@ -51,10 +51,10 @@ def _cell(c: Cell) -> str:
     return f"{c.symbol} {c.passed}/{c.total}" + (f" ({'; '.join(numbers)})" if numbers else "")
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _text(text: str) -> str:
+def text(value: str) -> str:
     """Any text as itself: no markup, no table cell of its own."""
-    return SPECIAL.sub(r"\\\1", escape(" ".join(text.split()), quote=False))
+    return SPECIAL.sub(r"\\\1", escape(" ".join(value.split()), quote=False))
