@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polyradix.backend.capabilities import FEATURES
+from polyradix.backend.capabilities import FEATURES, QUANTS
 from polyradix_torch.errors import all_told
 from polyradix_torch.gpu import GpuBackend, use_gpu
 from polyradix_torch.triton.ops import TritonOps
@@ -15,7 +15,7 @@ OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 @all_told(torch.cuda)
 class CudaBackend(GpuBackend):
     def __init__(self, index: int, capture: bool) -> None:
-        super().__init__("cuda", FEATURES - {"indexer"}, TritonOps(), index, capture)
+        super().__init__("cuda", FEATURES - {"indexer"} | QUANTS, TritonOps(), index, capture)
 
 
 def create(capture: bool, index: int) -> CudaBackend:

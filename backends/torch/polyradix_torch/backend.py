@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ class TorchBackend(ABC):
 
     def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
         def of(codes: Codes) -> QuantLinear:
-            return QuantLinear(codes, torch_dtype(spec.dtype), lambda weight: self._linear(spec, weight, bias))
+            return QuantLinear(codes, bias, torch_dtype(spec.dtype), partial(self._linear, spec))
 
         return [of(codes[e]) for e in range(len(codes.codes))] if spec.kind == "experts" else of(codes)
 

@@ -31,11 +31,13 @@ from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import told
 from polyradix_torch.host import torch_dtype
 from polyradix_torch.pending import Pending
+from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
 from polyradix_torch.triton import attention, latent
 from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
 from polyradix_torch.triton.moe import Router
 from polyradix_torch.triton.ops import GpuMeta
+from polyradix_torch.triton.quant import fits
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
 
@@ -57,6 +59,12 @@ class TritonBackend(TorchBackend):
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
         return weight
+
+    def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
+        if not fits(codes.quant, spec.shape[-1]):
+            weight = codes.weight().to(torch_dtype(spec.dtype))
+            return self._experts(spec, weight) if spec.kind == "experts" else self._linear(spec, weight, bias)
+        return codes if spec.kind == "experts" else super()._quantised(spec, codes, bias)
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router.of(weight, bias)

@@ -10,6 +10,7 @@ import torch
 from polyradix.backend.protocol import Quant
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+Make = Callable[[torch.Tensor, torch.Tensor | None], Product]
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Codes:
 
 
 class QuantLinear:
-    """[T,in] -> [T,out]; `linear` makes a product of a weight."""
+    """[T,in] -> [T,out]; `linear` makes a product of a weight and a bias."""
 
-    def __init__(self, codes: Codes, dtype: torch.dtype, linear: Callable[[torch.Tensor], Product]) -> None:
-        self.codes, self._dtype, self._linear = codes, dtype, linear
+    def __init__(self, codes: Codes, bias: torch.Tensor | None, dtype: torch.dtype, linear: Make) -> None:
+        self.codes, self.bias, self._dtype, self._linear = codes, bias, dtype, linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._linear(self.codes.weight().to(self._dtype))(x)
+        return self._linear(self.codes.weight().to(self._dtype), self.bias)(x)

@@ -134,7 +134,7 @@ for dtype in ("float32", "bfloat16"):
             "linear_reduce": partial(product, verb="linear_reduce"),
             "linear/counts": counts,
             "linear_gated": gated,
-            "moe": partial(mixture, rows=24),
+            "moe": partial(mixture, rows=10),
         }
         for verb, body in bodies.items():
             features = (feature, "moe") if verb == "moe" else (feature,)

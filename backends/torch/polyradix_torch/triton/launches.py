@@ -8,9 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import triton
 
-from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights
-from polyradix_torch.triton import attention, latent, moe, rows, skinny
+from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Quant
+from polyradix_torch.quant import Codes
+from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny
 from polyradix_torch.triton.skinny import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -24,6 +26,7 @@ def every() -> Iterator[Launch]:
     yield from of_attention()
     yield from of_experts()
     yield from of_latent()
+    yield from of_quantised()
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -136,6 +139,29 @@ def absorbed(dtype: torch.dtype, heads: int, count: int) -> Callable[[], Any]:
     )
     x = latent.Rows(integers(count + 4), integers(1, 3), integers(1), integers(count + 2), 512, 512)
     return lambda: latent.attend(q, c, cache, integers(size), integers(size), at, x, w, a)
+
+
+def of_quantised() -> Iterator[Launch]:
+    """DeepSeek's blocks, scales of rows, and groups of int4."""
+    block, channel, group, small = (
+        Quant("fp8", (128, 128)),
+        Quant("fp8", (1, 4096)),
+        Quant("int4", (1, 128)),
+        Quant("int4", (1, 32)),
+    )
+    for q, tokens in ((block, 4), (block, 64), (block, 8192), (channel, 64), (group, 4), (group, 8192), (small, 4)):
+        name = f"{q.format} {q.block[0]}x{q.block[1]} M{tokens}"
+        yield name, partial(quant.product, empty(tokens, 4096), quantised(q, 8192, 4096))
+    router = moe.Router(empty(1, 64, 2048), None)
+    weights = MoeWeights(router, quantised(block, 64, 2 * 1408, 2048), quantised(block, 64, 2048, 1408))
+    yield "64 experts fp8", lambda: quant.experts(empty(200, 2048), weights, MoeSpec(64, 6))
+
+
+def quantised(q: Quant, *shape: int) -> Codes:
+    (*outer, out, width), (rows, columns), four = shape, q.block, q.format == "int4"
+    blocks = *outer, triton.cdiv(out, rows), triton.cdiv(width, columns)
+    codes = empty(*outer, out, width // 2 if four else width, dtype=torch.uint8 if four else torch.float8_e4m3fn)
+    return Codes(q, codes, empty(*blocks, dtype=F32), empty(*blocks, dtype=torch.uint8) if four else None)
 
 
 def _name(dtype: torch.dtype) -> str:

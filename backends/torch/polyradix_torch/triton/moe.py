@@ -274,10 +274,15 @@ def moe(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
     """Ops.moe: x [T,H], of a Router and weights [E,2F,H] and [E,H,F]."""
     x = x.contiguous()
     routes = route(x, w.router, s)
-    parts = product(product(x, w.gate_up, routes, True), w.down, routes, False)
-    out, block = torch.empty_like(x), 1024
-    _sum[(len(x), triton.cdiv(x.shape[1], block))](
-        parts, routes.weights, out, x.shape[1], s.top_k, block, **early(x.device), num_warps=4
+    return combined(product(product(x, w.gate_up, routes, True), w.down, routes, False), routes)
+
+
+def combined(parts: torch.Tensor, r: Routes) -> torch.Tensor:
+    """The weighted sum of a token's pairs: parts [pairs,H] -> [T,H]."""
+    (tokens, top_k), width, block = r.weights.shape, parts.shape[1], 1024
+    out = parts.new_empty(tokens, width)
+    _sum[(tokens, triton.cdiv(width, block))](
+        parts, r.weights, out, width, top_k, block, **early(parts.device), num_warps=4
     )
     return out
 

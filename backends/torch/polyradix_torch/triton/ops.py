@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
 from polyradix_torch.ops import GATES, Linear, Products
-from polyradix_torch.triton import attention, latent, moe, rows, skinny
+from polyradix_torch.quant import Codes, QuantLinear
+from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny
 from polyradix_torch.triton.attention import Paged
 
 
@@ -55,12 +56,16 @@ class TritonOps(Products):
     ) -> Any:
         return latent.attend(q, c, kv[0], m.positions, m.slots, m.paged, m.latent, w, a), kv
 
-    def linear(self, x: torch.Tensor, w: Linear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, w: Linear | QuantLinear) -> torch.Tensor:
+        if isinstance(w, QuantLinear):
+            return quant.product(x, w.codes, w.bias)
         tile = skinny.chosen("linear", x, w.weight)
         return super().linear(x, w) if tile is None else skinny.product(x, w.weight, w.bias, tile)
 
-    def linear_gated(self, x: torch.Tensor, w: Linear, kind: Gate) -> torch.Tensor:
-        tile = skinny.chosen("gated", x, w.weight) if kind == "silu" else None
+    def linear_gated(self, x: torch.Tensor, w: Linear | QuantLinear, kind: Gate) -> torch.Tensor:
+        if isinstance(w, QuantLinear) or kind != "silu":
+            return super().linear_gated(x, w, kind)
+        tile = skinny.chosen("gated", x, w.weight)
         return super().linear_gated(x, w, kind) if tile is None else skinny.product(x, w.weight, w.bias, tile, "gated")
 
     def gated(self, x: torch.Tensor, kind: Gate) -> torch.Tensor:
@@ -69,7 +74,7 @@ class TritonOps(Products):
         return rows.gated(x, kind)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
-        return moe.moe(x, w, s)
+        return quant.experts(x, w, s) if isinstance(w.down, Codes) else moe.moe(x, w, s)
 
     def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return x[m.last]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polyradix.backend.capabilities import FEATURES, Capabilities
+from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
 from polyradix.backend.protocol import Memory
 from polyradix_torch.gpu import TritonBackend
 from polyradix_torch.triton.ops import TritonOps
@@ -23,7 +23,7 @@ class Interpreted(TritonBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"indexer"},
+            features=FEATURES - {"indexer"} | QUANTS,
         )
         super().__init__(caps, TritonOps(), "cpu")
         self.splits = splits
