@@ -286,6 +286,16 @@ def test_broken_tensors_are_named(tmp_path: Path, case: str) -> None:
         load(path)
 
 
+def test_dummy_weights_are_fp8_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": BLOCKS}))
+    checkpoint, kept = open_checkpoint(str(tmp_path), load_format="dummy"), Keeping()
+    spec = ModelSpec.from_hf_config(checkpoint.config)
+    both = [load_params(checkpoint, spec, "float32", backend, progress=False) for backend in (kept, Plain())]
+    close(*both)
+    assert {p.name for p in kept.taken if p.quant} == {"qkv", "o", "gate_up", "down"}
+    assert 0.015 < both[0].layers[0]["down"].value.std() < 0.025
+
+
 def test_quantised_tensors_that_the_config_does_not_tell_of(tmp_path: Path) -> None:
     path, _, _ = make(tmp_path, "fp8-tensor")
     (path / "config.json").write_text(json.dumps(CONFIG))

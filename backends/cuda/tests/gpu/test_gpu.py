@@ -33,6 +33,11 @@ def test_captured(conformance_case: Any) -> None:
     conformance_case.check()
 
 
+@pytest.mark.conformance(backend="cuda", profile="quant")
+def test_quantised(conformance_case: Any) -> None:
+    conformance_case.check()
+
+
 @pytest.mark.conformance(backend="cuda", options={"capture": 0})
 def test_eager(conformance_case: Any) -> None:
     conformance_case.check()

@@ -124,5 +124,5 @@ def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
     """Ops.moe: x [T,H], of a Router and Codes [E,2F,H] and [E,H,F]."""
     x = x.contiguous()
     routes = moe.route(x, w.router, s)
-    inner = rows.gated(product(x, w.gate_up, routes=routes))
+    inner = rows.gated(product(x, w.gate_up, routes=routes), "silu")
     return moe.combined(product(inner, w.down, routes=routes), routes)
