@@ -1,9 +1,10 @@
 """The GPU table: our engine, in this process, on the workloads that the peers were measured on, beside their figures.
 
-    python bench/h100.py [--only NAME,...] [--runs 3] [--json out.json] [--profile FOLDER]
+    python bench/h100.py [--model deepseek-v2-lite] [--only NAME,...] [--runs 3] [--json out.json] [--profile FOLDER]
 
-Random weights in the shape of Llama-3.1-8B, bf16, prompts of random token ids, greedy, no stop, prefix cache flushed
-before each run; the median of `--runs` after one warm-up. Time runs from submission to the last token.
+Random weights in the shape of the model, by default Llama-3.1-8B, bf16, prompts of random token ids, greedy, no stop,
+prefix cache flushed before each run; the median of `--runs` after one warm-up. Time runs from submission to the
+last token.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,19 @@ LLAMA = {
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+DEEPSEEK = {
+    "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 2048, "intermediate_size": 10944,
+    "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 102400,
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "attention_bias": False, "q_lora_rank": None,
+    "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "moe_intermediate_size": 1408, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+    "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+    "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707},
 }  # fmt: skip
 
 
@@ -59,13 +73,24 @@ class Work:
         return self.requests * (self.shared + self.unique if self.counts_input else self.output)
 
 
-WORKS = (
-    Work("single", 1, 0, 128, 256, 153, 165),
-    Work("decode", 64, 0, 128, 256, 7467, 7850),
-    Work("throughput", 256, 0, 512, 128, 6467, 6700),
-    Work("prefill", 16, 0, 4096, 1, 41388, 40000),
-    Work("shared", 256, 2048, 64, 64, 6543, 7000, 8),
-)
+SINGLE = Work("single", 1, 0, 128, 256, 153, 165)
+DECODE = Work("decode", 64, 0, 128, 256, 7467, 7850)
+THROUGHPUT = Work("throughput", 256, 0, 512, 128, 6467, 6700)
+PREFILL = Work("prefill", 16, 0, 4096, 1, 41388, 40000)
+SHARED = Work("shared", 256, 2048, 64, 64, 6543, 7000, 8)
+MODELS: dict[str, tuple[dict[str, Any], tuple[Work, ...]]] = {
+    "llama-3.1-8b": (LLAMA, (SINGLE, DECODE, THROUGHPUT, PREFILL, SHARED)),
+    "deepseek-v2-lite": (
+        DEEPSEEK,
+        (
+            replace(SINGLE, best=251, needed=265),
+            replace(DECODE, best=11139, needed=11700),
+            replace(THROUGHPUT, best=11873, needed=12200),
+            replace(PREFILL, best=82291, needed=80000),
+            replace(SHARED, best=11370, needed=11370),
+        ),
+    ),
+}
 
 
 def run(core: EngineCore, prompts: list[np.ndarray], output: int) -> dict[str, float]:
@@ -105,25 +130,29 @@ def profile(core: EngineCore, work: Work, rng: np.random.Generator, folder: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-3.1-8b")
     parser.add_argument("--only", help="workloads, comma separated")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of EngineConfig")
-    parser.add_argument("--layers", type=int, default=LLAMA["num_hidden_layers"], help="fewer, for a quick look")
+    parser.add_argument("--layers", type=int, help="fewer, for a quick look")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also trace each workload, with torch.profiler")
     args = parser.parse_args()
     options: dict[str, Any] = {k: json.loads(v) for k, v in (o.split("=", 1) for o in args.option)}
+    config, works = MODELS[args.model]
+    if args.layers:
+        config = config | {"num_hidden_layers": args.layers}
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": args.layers}))
+        (Path(folder) / "config.json").write_text(json.dumps(config))
         base: dict[str, Any] = {"max_context": 8192, "max_seqs": 256, "mem_fraction": 0.85, "load_format": "dummy"}
         core = EngineCore(EngineConfig(model=folder, device=args.device, **(base | options)))
     rng = np.random.default_rng(0)
-    run(core, WORKS[0].prompts(rng), 1)
+    run(core, works[0].prompts(rng), 1)
     print(f"{core.info()}\nfirst answer after {time.perf_counter() - begin:.1f} s, {core.timeline}", flush=True)
     report: dict[str, Any] = {}
-    for work in (w for w in WORKS if not args.only or w.name in args.only.split(",")):
+    for work in (w for w in works if not args.only or w.name in args.only.split(",")):
         results = []
         for _ in range(args.runs + 1):
             core.flush_cache()
@@ -141,7 +170,7 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
-    for work in (w for w in WORKS if args.profile and w.name in report):
+    for work in (w for w in works if args.profile and w.name in report):
         print(f"{work.name}: {profile(core, work, rng, args.profile)}", flush=True)
 
 

@@ -7,7 +7,9 @@ list changes no bit, and nothing has to be sorted. Grids are as large as the wor
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -16,6 +18,7 @@ import triton.language as tl
 from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_torch.triton.early import early, start
 from polyradix_torch.triton.rows import silu
+from polyradix_torch.triton.skinny import TUNED, name_of
 
 LOWEST = tl.constexpr(-3.0e38)  # a choice value that loses to any other, and wins against what is chosen already
 
@@ -240,7 +243,7 @@ def route(x: torch.Tensor, router: Router, s: MoeSpec) -> Routes:
     lists = torch.empty(s.experts, tokens, dtype=torch.int32, device=device)
     logits = torch.empty(tokens, s.experts, dtype=torch.float32, device=device)
     weights = torch.empty(tokens, s.top_k, dtype=torch.float32, device=device)
-    b = _blocks(ROUTER, x, tokens)
+    b = _blocks(ROUTER, x.dtype, tokens)
     _logits[(triton.cdiv(tokens, b.rows), triton.cdiv(s.experts, b.columns))](
         x, router.parts, logits, counts, tokens, s.experts, width, len(router.parts), b.rows, b.columns, b.depth,
         **on, num_warps=b.warps, num_stages=b.stages,
@@ -254,11 +257,11 @@ def route(x: torch.Tensor, router: Router, s: MoeSpec) -> Routes:
     return Routes(weights, lists, counts)
 
 
-def product(x: torch.Tensor, w: torch.Tensor, r: Routes, gated: bool) -> torch.Tensor:
+def product(x: torch.Tensor, w: torch.Tensor, r: Routes, gated: bool, blocks: Blocks | None = None) -> torch.Tensor:
     """x [pairs,K], or [T,K] for the experts of a token alike, times w [E,N,K] of each pair's expert -> [pairs,N]; if
     gated [pairs,N/2]: silu of the first half of the sums times the second. Summed in float32 and rounded once."""
     (experts, n, k), pairs = w.shape, r.weights.numel()
-    b = _blocks(GATE_UP if gated else DOWN, x, triton.cdiv(pairs, experts))
+    b = blocks or chosen(x, w, triton.cdiv(pairs, experts), gated)
     width = n // 2 if gated else n
     out = x.new_empty(pairs, width)
     tiles = min(pairs, pairs // b.rows + experts)
@@ -287,5 +290,27 @@ def combined(parts: torch.Tensor, r: Routes) -> torch.Tensor:
     return out
 
 
-def _blocks(table: Table, x: torch.Tensor, rows: int) -> Blocks:
-    return next(blocks for most, blocks in table[x.dtype] if rows <= most)
+def key_of(rows: int, n: int, k: int, gated: bool) -> str:
+    """Of a product's blocks in the GPU's file, by the rows that an expert has on average."""
+    return f"{'gate_up' if gated else 'down'} {triton.next_power_of_2(rows)} x {n} x {k}"
+
+
+def chosen(x: torch.Tensor, w: torch.Tensor, rows: int, gated: bool) -> Blocks:
+    """The blocks that were fastest on this GPU; of a shape that was not tried there, those of the tables."""
+    found = _tuned(x.device).get(key_of(rows, w.shape[1], w.shape[2], gated)) if x.dtype == torch.bfloat16 else None
+    return found or usual(x.dtype, rows, gated)
+
+
+def usual(dtype: torch.dtype, rows: int, gated: bool) -> Blocks:
+    return _blocks(GATE_UP if gated else DOWN, dtype, rows)
+
+
+@cache
+def _tuned(device: torch.device) -> dict[str, Blocks]:
+    path = TUNED / "experts" / name_of(device)
+    products = json.loads(path.read_text())["products"] if path.exists() else {}
+    return {key: Blocks(**blocks) for key, blocks in products.items()}
+
+
+def _blocks(table: Table, dtype: torch.dtype, rows: int) -> Blocks:
+    return next(blocks for most, blocks in table[dtype] if rows <= most)

@@ -15,11 +15,12 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ MORE = {  # by rows of x, after them: tokens
 PROCESSORS = 132  # what splits are guessed for
 AHEAD = (0, 512, 1024, 2048)  # beside 256, which all are tried with
 Shape = tuple[Kind, int, int, int]  # kind, count, n, k
+T = TypeVar("T")
 
 
 @dataclass
@@ -168,14 +170,13 @@ def check(run: Callable[[], torch.Tensor], want: torch.Tensor) -> None:
         raise ValueError("two runs differ")
 
 
-def microseconds(call: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor]) -> float:
-    """Of one call in a graph of many, one weight after another."""
-    calls = max(8, 2 * 10**9 // weights[0].nbytes)
-    call(weights[0])
+def microseconds(call: Callable[[T], torch.Tensor], given: Sequence[T], calls: int) -> float:
+    """Of one call in a graph of many, with one thing that is given after another."""
+    call(given[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for i in range(calls):
-            call(weights[i % len(weights)])
+            call(given[i % len(given)])
     times = []
     for _ in range(6):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -193,14 +194,15 @@ def tune(shape: Shape, numbers: torch.Tensor, built: dict[tuple[bool, bool, int,
     weights = [w.view(n, k) for w in numbers.split(n * k) if w.numel() == n * k][:12]
     x = torch.randn(count, k, dtype=torch.bfloat16, device="cuda")
     want = exact(kind, x, weights[0])
-    tried = Tried(shape, microseconds(lambda w: by_torch(kind, x, w), weights))
+    calls = max(8, 2 * 10**9 // weights[0].nbytes)
+    tried = Tried(shape, microseconds(lambda w: by_torch(kind, x, w), weights, calls))
 
     def attempt(tile: Tile) -> None:
         try:
             if why := built.get(signature(kind, count, tile)):
                 raise RuntimeError(why)
             check(lambda: product(x, weights[0], None, tile, kind), want)
-            tried.tiles[tile] = microseconds(lambda w: product(x, w, None, tile, kind), weights)
+            tried.tiles[tile] = microseconds(lambda w: product(x, w, None, tile, kind), weights, calls)
         except Exception as e:
             tried.wrong[tile] = f"{type(e).__name__}: {e}"[:300]
 
@@ -242,16 +244,17 @@ def main(arguments: list[str]) -> None:
             print(found[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     name = skinny.name_of(torch.device("cuda", torch.cuda.current_device()))
-    (args.out / name).write_text(file_of(found, skinny.TUNED / name))
+    tiles = {skinny.key_of(*t.shape): t.best and asdict(t.best) for t in found}
+    (args.out / name).write_text(file_of(tiles, skinny.TUNED / name))
     times = {skinny.key_of(*t.shape): {short(i): t.tiles[i] for i in t.ranked} for t in found}
     (args.out / "times.json").write_text(json.dumps(times, indent=1))
 
 
-def file_of(found: list[Tried], old: Path) -> str:
-    """With what `old` says of other shapes."""
-    tiles = json.loads(old.read_text())["products"] if old.exists() else {}
-    tiles |= {skinny.key_of(*t.shape): t.best and asdict(t.best) for t in found}
-    lines = [f"  {json.dumps(key)}: {json.dumps(tile)}" for key, tile in tiles.items()]
+def file_of(found: Mapping[str, object], old: Path) -> str:
+    """Of what is found for each key, with what `old` says of others."""
+    products: dict[str, object] = json.loads(old.read_text())["products"] if old.exists() else {}
+    products.update(found)
+    lines = [f"  {json.dumps(key)}: {json.dumps(each)}" for key, each in products.items()]
     about = f'"torch": "{torch.__version__}", "triton": "{triton.__version__}"'
     return "{" + about + ', "products": {\n' + ",\n".join(lines) + "\n}}\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights
-from polyradix_torch.triton import moe
+from polyradix_torch.triton import moe, tune
 from polyradix_torch.triton.moe import DOWN, GATE_UP, Blocks, Router, Routes
 
 COUNTS = (0, 1, 130, 0, 17, 2)  # pairs of each expert: none, one, more than a tile
@@ -37,11 +39,10 @@ def routed() -> tuple[Routes, np.ndarray]:
 
 @pytest.mark.parametrize(("gated", "blocks"), ALL)
 @pytest.mark.parametrize(("n", "k"), [(36, 72), (80, 128)])
-def test_product(monkeypatch: pytest.MonkeyPatch, gated: bool, blocks: Blocks, n: int, k: int) -> None:
-    monkeypatch.setattr(moe, "_blocks", lambda *_: blocks)
+def test_product(gated: bool, blocks: Blocks, n: int, k: int) -> None:
     routes, experts = routed()
     x, w = normal(2, len(experts) // (EACH if gated else 1), k), normal(3, len(COUNTS), n, k) / k**0.5
-    got = moe.product(x, w, routes, gated)
+    got = moe.product(x, w, routes, gated, blocks)
     given = x.double().numpy().repeat(EACH, 0) if gated else x.double().numpy()
     want = np.einsum("pk,pnk->pn", given, w.double().numpy()[experts])
     if gated:
@@ -49,6 +50,22 @@ def test_product(monkeypatch: pytest.MonkeyPatch, gated: bool, blocks: Blocks, n
         want = gate / (1 + np.exp(-gate)) * up
     assert got.shape == want.shape
     assert (np.abs(got.double().numpy() - want) <= 2.0**-8 * np.abs(want) + 1e-5 * np.abs(want).max()).all()
+
+
+def test_blocks_of_the_file_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x, w, best = torch.zeros(24, 64, dtype=torch.bfloat16), torch.zeros(4, 32, 64), Blocks(64, 32, 64, 4, 2)
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts/cpu.json").write_text(
+        tune.file_of({moe.key_of(5, 32, 64, True): asdict(best)}, tmp_path / "none")
+    )
+    monkeypatch.setattr(moe, "TUNED", tmp_path)
+    moe._tuned.cache_clear()
+    try:
+        assert moe.chosen(x, w, 8, True) == best
+        assert moe.chosen(x, w, 9, True) != best
+        assert moe.chosen(x, w, 8, False) != best
+    finally:
+        moe._tuned.cache_clear()
 
 
 def test_a_router_keeps_every_bit() -> None:
