@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +20,9 @@ from polyradix.serve.app import Server, make_app
 from polyradix.serve.client import EngineClient
 from polyradix.serve.fake import ByteTokenizer, FakeEngine
 from polyradix.serve.run import listen
+
+sys.path.insert(0, str(Path(__file__).parent))
+from served import DEVICE, Process
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
@@ -106,3 +112,17 @@ def make_live() -> Callable[..., contextlib.AbstractContextManager[Live]]:
 def model(byte_model: Callable[[int, str], Path]) -> Path:
     """A model to be made of random weights, with one token a byte and a chat template."""
     return byte_model(2, TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def ending_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Its model has a token that ends an output, which grammars need."""
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    process = Process(folder, DEVICE, "--tool-call-parser", "hermes", "--embeddings", "last")
+    yield process
+    process.close()
+    assert process.process.returncode == 0
+    assert "Traceback" not in process.log

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,45 +16,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
-
-
-class Process:
-    """A running `polyradix serve`."""
-
-    def __init__(self, model: Path, device: str, *options: str) -> None:
-        args = ["serve", "--model", str(model), "--load-format", "dummy", "--device", device, "--port", "0", *options]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "polyradix.serve.cli", *args, "--served-model-name", "tiny"],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        assert self.process.stderr is not None
-        self.log = ""
-        for line in self.process.stderr:
-            self.log += line
-            if "ready at" in line:
-                self.line = line
-                self.url = line.partition("ready at ")[2].partition(": ")[0]
-                return
-        raise AssertionError(self.log)
-
-    @property
-    def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        found = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-        (pid,) = found
-        return pid
-
-    def metrics(self) -> dict[str, float]:
-        lines = [line for line in httpx.get(self.url + "/metrics").text.splitlines() if not line.startswith("#")]
-        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-        _, rest = self.process.communicate(timeout=20)
-        self.log += rest
+from served import DEVICE, SCHEMA, Process
 
 
 def wait(condition: object, seconds: float = 10) -> None:
@@ -70,7 +29,7 @@ def wait(condition: object, seconds: float = 10) -> None:
 
 @pytest.fixture(scope="module")
 def numpy_server(model: Path) -> Iterator[Process]:
-    process = Process(model, "numpy")
+    process = Process(model, DEVICE)
     yield process
     process.close()
     assert process.process.returncode == 0
@@ -107,27 +66,6 @@ def test_greedy_is_the_same_streamed_cached_and_among_others(numpy_server: Proce
             assert len({f.result() for f in others}) == 2
         assert text(False, temperature=1, seed=1) == others[1].result()
 
-
-@pytest.fixture(scope="module")
-def ending_server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    """Its model has a token that ends an output, which grammars need."""
-    folder = tmp_path_factory.mktemp("ending") / "model"
-    shutil.copytree(model, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
-    process = Process(folder, "numpy", "--tool-call-parser", "hermes")
-    yield process
-    process.close()
-    assert process.process.returncode == 0
-    assert "Traceback" not in process.log
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 5}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-    "additionalProperties": False,
-}
 
 FLAG = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"], "additionalProperties": False}
 CALL = {
