@@ -75,7 +75,8 @@ tests: .venv/tested
 
 # Triton's interpreter is chosen when triton is imported, hence a process of its own.
 tests-triton: .venv/tested
-	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted backends/cuda/tests/aot
+	$(call pytest,$(BIN)) backends/torch/tests/triton backends/cuda/tests/interpreted backends/cuda/tests/aot \
+	  backends/rocm/tests/interpreted
 
 tests-rocm: .venv/tested $(AITER)
 	POLYRADIX_AMD_AITER=$(AITER) $(call pytest,$(BIN)) backends/rocm/tests \

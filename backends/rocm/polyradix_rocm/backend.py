@@ -27,6 +27,7 @@ from polyradix_rocm.aiter.installed import NoAiter, installed, summary
 from polyradix_rocm.device import arch_of, check_torch
 from polyradix_rocm.ops import AiterVerbs, Experts, Router, TorchAiterOps, TritonAiterOps
 from polyradix_rocm.plan import PlannedMeta, PlannedTorchMeta, plan
+from polyradix_rocm.selftest import quick
 from polyradix_rocm.simulator import Simulator
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import all_told
@@ -117,7 +118,9 @@ def create(capture: bool, index: int) -> Backend:
         found = installed(arch)
     except NoAiter as error:
         return RocmBackend(index, capture, None, f"Triton for every verb: {error}")
-    return RocmBackend(index, capture, Aiter(found), summary(found))
+    aiter = Aiter(found)
+    fallen = [f"Triton instead of {why}" for why in quick(aiter, f"cuda:{index}")]
+    return RocmBackend(index, capture, aiter, "; ".join([summary(found), *fallen]))
 
 
 def emulate(arch: str, version: str, platform: str) -> Backend:

@@ -6,7 +6,7 @@ bf16 is torch.bfloat16, i32 torch.int32. Tensors are contiguous unless said othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,7 +99,7 @@ class Aiter:
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
         reasons = {name: misfit(name, provider.signatures) for name in CALLS}
-        self.unfit: Mapping[str, str] = {name: why for name, why in reasons.items() if why}
+        self.unfit = {name: why for name, why in reasons.items() if why}
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def has(self, *names: str) -> bool:
