@@ -56,6 +56,9 @@ class Inputs:
     def values(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=self._random) * scale).bfloat16().to(self.device)
 
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=self._random).to(self.device)
+
     def whole(self, low: int, high: int, count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.randint(low, high, (count,), generator=self._random).to(dtype).to(self.device)
 
@@ -74,7 +77,7 @@ def cases(s: Shapes, device: str, fp8: torch.dtype) -> Iterator[Case]:
     yield from _experts(s, x)
     y = x.values(s.tokens, s.width)
     yield Case("quantised", ("per_group_quant_hip",), lambda a: _wide(*a.quantised(y, fp8)), COARSE)
-    w, scale = x.values(256, s.width, scale=0.1).to(fp8), torch.rand(2, s.width // 128).to(device) + 0.5
+    w, scale = x.values(256, s.width, scale=0.1).to(fp8), x.uniform(2, s.width // 128) + 0.5
     both = ("per_group_quant_hip", "gemm_a8w8_blockscale")
 
     def product(a: Aiter) -> torch.Tensor:
@@ -90,7 +93,7 @@ def _rows(s: Shapes, x: Inputs) -> Iterator[Case]:
     add = ("rmsnorm2d_fwd_with_add",)
     yield Case("add_rms_norm", add, lambda aiter: torch.stack(aiter.add_rms_norm(a, b, w, 1e-5)))
     q, k = (x.values(s.tokens, heads, 128) for heads in s.heads)
-    angle, at = torch.rand(s.longest, 64).to(x.device) * 6, x.whole(0, s.longest, s.tokens, torch.int64)
+    angle, at = x.uniform(s.longest, 64) * 6, x.whole(0, s.longest, s.tokens, torch.int64)
 
     def turned(aiter: Aiter) -> torch.Tensor:
         return torch.cat(aiter.rope(q, k, angle.cos(), angle.sin(), at), dim=1)
@@ -151,7 +154,7 @@ def _latent(heads: int, q: torch.Tensor, cache: torch.Tensor, keys: tuple[torch.
 def _experts(s: Shapes, x: Inputs) -> Iterator[Case]:
     experts, chosen, wide = s.experts
     logits = x.values(s.tokens, experts).float() + torch.arange(experts, device=x.device) * 1e-3
-    bias = torch.rand(experts).to(x.device) / 4
+    bias = x.uniform(experts) / 4
 
     def dense(chosen: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         ids, weights = chosen

@@ -71,7 +71,7 @@ def test_a_server_falls_back(tmp_path: Path) -> None:
     reasons = selftest.quick(aiter, "cpu")
     assert aiter.unfit.keys() == BROKEN
     assert len(reasons) == 3
-    assert reasons[0].startswith("rope: ArithmeticError: differs by 1.")
+    assert reasons[0].startswith("rope: ArithmeticError: differs by ")
     config = MODELS["qwen3-moe"]
     asked = [(prompt, 8) for prompt in prompts(config["vocab_size"], 3)]
     reference = answers(core(open_backend("cpu", kernels="torch"), config, tmp_path), asked)

@@ -62,7 +62,13 @@ class Answer:
 
 def core(backend: Backend, config: dict[str, Any], folder: Path) -> EngineCore:
     (folder / "config.json").write_text(json.dumps(config))
-    options: dict[str, Any] = {"load_format": "dummy", "progress": False, "max_seqs": 8, "max_context": 256}
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "progress": False,
+        "max_seqs": 8,
+        "max_context": 256,
+        "kv_pages": 160,
+    }
     return EngineCore(EngineConfig(model=str(folder), max_tokens_per_step=96, **options), backend)
 
 
