@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from polyradix_npu import contracts
 from polyradix_npu.contracts import WrongCall
 from polyradix_npu.emulate import formats, reference, reference_attention
-from polyradix_npu.emulate.memory import alias, aliased, on_device, upload
+from polyradix_npu.emulate.memory import alias, aliased, each, leaves, on_device, upload
 
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
 NATIVE = {"npu::get_npu_format"}  # launches nothing
@@ -48,27 +47,27 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
         self.recording: Recording | None = None
         self.group = 0
         self.updating: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
-        self.active = False
+        self._entered = 0
 
     def __enter__(self) -> SimulatedDevice:
-        self.active = True
+        self._entered += 1
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.active = False
+        self._entered -= 1
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        values = tree_flatten((args, kwargs))[0]
+        values = list(leaves((args, kwargs)))
         here = any(on_device(x) for x in values)
         asked = kwargs.get("device")
         if not here and (asked is None or torch.device(asked).type != "npu"):
             return func(*args, **kwargs)
-        if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
-            with self:
+        if func.is_view and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:  # a view, or a copy where none is possible
                 return func.decompose(*args, **kwargs)
         if func.is_view or name in EMPTY | NATIVE:
             return func(*args, **kwargs)
@@ -120,7 +119,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
                 call()
                 continue
             new = self.run(call.func, call.args, call.kwargs)
-            for old, value in zip(tree_flatten(call.out)[0], tree_flatten(new)[0], strict=True):
+            for old, value in zip(leaves(call.out), leaves(new), strict=True):
                 if on_device(old) and old is not value:
                     alias(old).copy_(alias(value))
 
@@ -129,7 +128,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
 
         @wraps(call)
         def entered(*args: Any, **kwargs: Any) -> Any:
-            if self.active:
+            if self._entered:
                 return call(*args, **kwargs)
             with self:
                 return call(*args, **kwargs)
@@ -138,7 +137,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
 
 
 def _placed(out: Any) -> Any:
-    return tree_map_only(torch.Tensor, upload, out)
+    return each(out, lambda x: upload(x) if isinstance(x, torch.Tensor) else x)
 
 
 def _stays(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -161,8 +160,8 @@ def _one_device(name: str, values: list[Any]) -> None:
 
 def _spoil(out: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A captured call has not run: nothing may be read from what it will write."""
-    given = {id(x) for x in tree_flatten((args, kwargs))[0]}
-    for x in tree_flatten(out)[0]:
+    given = {id(x) for x in leaves((args, kwargs))}
+    for x in leaves(out):
         if on_device(x) and id(x) not in given:
             alias(x).fill_(float("nan") if x.is_floating_point() else 0)
 
@@ -181,6 +180,6 @@ def _same_form(func: Any, given: dict[str, Any], made: Any) -> None:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
     want = func._overloadpacket.default(**contracts.mapped(given, meta))
-    forms = [[(tuple(x.shape), x.dtype) for x in tree_flatten(tree)[0] if x is not None] for tree in (made, want)]
+    forms = [[(tuple(x.shape), x.dtype) for x in leaves(tree) if x is not None] for tree in (made, want)]
     if forms[0] != forms[1]:
         raise WrongCall(f"{func._schema.name}: our result is {forms[0]}; the vendor's Meta kernel says {forms[1]}")

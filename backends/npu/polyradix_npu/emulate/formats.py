@@ -11,6 +11,9 @@ from polyradix_npu.emulate.memory import alias, on_device
 
 ND, NZ = 2, 29
 TAKES_NZ = {
+    "aten::linear",
+    "aten::matmul",
+    "aten::_to_copy",
     "aten::mm",
     "aten::addmm",
     "aten::bmm",

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import torch_npu
-from torch.utils._pytree import tree_flatten
 
 from polyradix_npu import contracts
 from polyradix_npu.contracts import WrongCall
 from polyradix_npu.emulate.device import Call, Recording, SimulatedDevice
-from polyradix_npu.emulate.memory import on_device
+from polyradix_npu.emulate.memory import leaves, on_device
 from polyradix_torch.errors import CALLS
 
 
@@ -116,9 +115,7 @@ def _update(group: Group, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     (old,) = group.recording[group.start : group.stop]
     if not isinstance(old, Call) or old.func is not func:
         raise WrongCall(f"graph_task_update: {func} is not the op that was captured")
-    where = [
-        [x.data_ptr() for x in tree_flatten(tree)[0] if on_device(x)] for tree in (old.args, old.kwargs, args, kwargs)
-    ]
+    where = [[x.data_ptr() for x in leaves(tree) if on_device(x)] for tree in (old.args, old.kwargs, args, kwargs)]
     if where[:2] != where[2:]:
         raise WrongCall(f"graph_task_update: {func} has other tensors than were captured")
     contracts.check(func._schema.name, contracts.bind(func._schema, args, kwargs))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 Device = torch.device
+HOST = Device("cpu")
 
 
 def on_device(x: Any) -> bool:
@@ -36,5 +37,21 @@ def upload(x: torch.Tensor) -> torch.Tensor:
 
 def aliased(tree: Any) -> Any:
     """Every tensor of `tree` as a CPU tensor, and every device as the CPU."""
-    tree = tree_map_only(torch.Tensor, alias, tree)
-    return tree_map_only(Device, lambda _: Device("cpu"), tree)
+    return each(tree, lambda x: alias(x) if isinstance(x, torch.Tensor) else HOST if isinstance(x, Device) else x)
+
+
+def each(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """`tree` of tuples, lists and dicts with fn of every leaf."""
+    if isinstance(tree, dict):
+        return {name: each(value, fn) for name, value in tree.items()}
+    return type(tree)(each(x, fn) for x in tree) if type(tree) in (tuple, list) else fn(tree)
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, tuple | list):
+        yield tree
+        return
+    for x in tree:
+        yield from leaves(x)
