@@ -12,7 +12,8 @@ GUARD = "\n"  # no tokenizer joins it with what a grammar forces, but for more w
 
 class Exact:
     """Tokenizers put a space before a text (sentencepiece) or normalise it (Unicode NFC), neither of which may happen
-    to text that goes on. Then it is split behind a guard, or else greedily, the longest token first."""
+    to text that goes on. Then it is split behind a guard, or else greedily, the longest token first, as is text that
+    reads like a special token."""
 
     def __init__(self, words: Vocabulary) -> None:
         self._words = words
@@ -24,7 +25,8 @@ class Exact:
             pieces = [self._words.token_bytes(i) for i in ids]
             sizes = accumulate(map(len, reversed(pieces)))
             count = next((n for n, size in enumerate(sizes, 1) if size >= len(raw)), 0)
-            if b"".join(pieces[-count:]) == raw and (guard or count == len(ids)):
+            whole = b"".join(pieces[-count:]) == raw and (guard or count == len(ids))
+            if whole and self._words.special_ids.isdisjoint(ids[-count:]):
                 return ids[-count:]
         return self._greedy(raw)
 

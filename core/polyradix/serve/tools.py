@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from polyradix.grammar.spec import GrammarSpec
+from polyradix.grammar.spec import GrammarError, GrammarSpec
 from polyradix.serve.errors import ApiError, field_error
 from polyradix.serve.generation import Choice, Tokens
 from polyradix.serve.openai import ChatRequest, Tool
@@ -112,10 +112,10 @@ class Talk:
             return
         inside = begins_inside(prompt, self._formats.reasoning == "deepseek-r1")
         feed = Feed()
-        names = frozenset(tool.function.name for tool in self._tools)
+        tools = {tool.function.name: tool.function.parameters for tool in self._tools}
         form = self._formats.tools
         harmonic = isinstance(form, Harmony)
-        script = form.parse(feed, names) if form and (self._tools or harmonic) else _text(feed)
+        script = form.parse(feed, tools) if form and (self._tools or harmonic) else _text(feed)
         if self._formats.reasoning and not harmonic:
             script = think(feed, inside, script)
         choice.parser = Parser(feed, script, single=not self._parallel)
@@ -130,7 +130,11 @@ class Talk:
         rules = ""
         if self._tools and formats.tools is not None:
             chosen = [t.function for t in self._tools if self._named in (None, t.function.name)]
-            rules = calls(formats.tools, [(f.name, f.parameters) for f in chosen], self._parallel, formats.special)
+            pairs = [(f.name, f.parameters) for f in chosen]
+            try:
+                rules = calls(formats.tools, pairs, self._parallel, formats.special)
+            except GrammarError as error:
+                raise ApiError(400, f"tools cannot be used: {error}", "tools") from None
         lark = frame(formats.reasoning, inside, rules, body=not must, special=formats.special)
         if must or asked is None:
             return GrammarSpec(kind="lark", source=lark, field="tools")

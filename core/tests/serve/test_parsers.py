@@ -13,7 +13,11 @@ from polyradix.serve.parsers.feed import Arguments, Call, Event, Feed, Text
 from polyradix.serve.parsers.thinking import begins_inside, think
 
 BAR = "\uff5c"
-NAMES = frozenset({"get_weather", "now"})
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "array"}, "on": {"type": "boolean"}},
+}
+NAMES = {"get_weather": WEATHER, "now": None}
 
 
 def joined(events: list[Event]) -> list[tuple[str, ...]]:
@@ -80,6 +84,27 @@ CASES: list[tuple[str, str, str, list[tuple[str, ...]]]] = [
     ("hermes", "", '<tool_call>{"name": "now", "arguments": {"a": ', [call("now", '{"a": ')]),
     ("hermes", "", "<tool_call>nonsense</tool_call>", [("text", "<tool_call>nonsense</tool_call>")]),
     ("hermes", "", '<tool_call>{"a": [1]}', [("text", '<tool_call>{"a": [1]}')]),
+    (
+        "qwen3-coder",
+        "",
+        'I see.\n\n<tool_call>\n<function=get_weather>\n<parameter=city>\nPa"r}is\n</parameter>\n<parameter=days>\n'
+        '[1, {"a": 2}]\n</parameter>\n</function>\n</tool_call>\n<tool_call><function=now>\n</function>\n</tool_call>',
+        [("text", "I see."), call("get_weather", PARIS), call("now", "{}")],
+    ),
+    (
+        "qwen3-coder",
+        "",
+        "<function=get_weather>\n<parameter=city>\n\n a\n\tb <c>\n\n</parameter>\n<parameter=on>\nTrue\n</parameter>\n"
+        "<parameter=days>monday</parameter><parameter=new>5</parameter></function>",
+        [call("get_weather", '{"city": "\\n a\\n\\tb <c>\\n", "on": true, "days": "monday", "new": "5"}')],
+    ),
+    (
+        "qwen3-coder",
+        "",
+        "<tool_call>\n<function=get_weather>\n<parameter=days>\nNaN\n</parameter>\n<parameter=city>\nPar",
+        [call("get_weather", '{"days": "NaN", "city": "Par')],
+    ),
+    ("qwen3-coder", "", "so <function=f> and <tool_call>x", [("text", "so<function=f> and<tool_call>x")]),
     ("llama3", "", f'{{"name": "get_weather", "parameters": {PARIS}}}', [call("get_weather", PARIS)]),
     (
         "llama3",
@@ -212,6 +237,7 @@ def test_where_thinking_begins() -> None:
         ("<|channel|>", "Harmony", "gpt-oss"),
         ("<tool_call> <think>", "Hermes", "qwen3"),
         ("<tool_call>", "Hermes", ""),
+        ("<tool_call> <parameter=", "QwenCoder", ""),
         ("[TOOL_CALLS]", "Mistral", ""),
         ("<|python_tag|>", "Llama3", ""),
         (f"<{BAR}tool▁call▁begin{BAR}> </think> <{BAR}Assistant{BAR}>", "DeepSeek", "deepseek-r1"),

@@ -15,6 +15,7 @@ import pytest
 from polyradix.grammar.compiler import LlgCompiler
 from polyradix.grammar.spec import GrammarError, Matcher
 from polyradix.schedule.params import SamplingParams
+from polyradix.serve.errors import ApiError
 from polyradix.serve.fake import ByteTokenizer
 from polyradix.serve.generation import Choice
 from polyradix.serve.openai import ChatRequest
@@ -88,6 +89,9 @@ def walk(matcher: Matcher, words: Words, start: str, r: random.Random) -> str:
 HARMONY = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>", "<|constrain|>")
 FORMATS: list[tuple[str, str, tuple[str, ...]]] = [
     ("hermes", "", ()),
+    ("hermes", "", ("<tool_call>", "</tool_call>")),
+    ("qwen3-coder", "", ()),
+    ("qwen3-coder", "", ("<tool_call>", "</tool_call>")),
     ("llama3", "", ("<|python_tag|>",)),
     ("mistral", "", ("[TOOL_CALLS]",)),
     ("mistral", "[ARGS]", ("[TOOL_CALLS]", "[ARGS]")),
@@ -209,6 +213,20 @@ def test_other_forms_after_reasoning(form: dict[str, Any]) -> None:
     start = "<think>a</think>" + ("{}" if form["type"] == "json_object" else "123")
     text, thought, _ = outcome(words, choice, start, random.Random(2))
     assert (text, thought) == (start.partition("</think>")[2], "a")
+
+
+def test_strings_between_marks_are_any_text_and_can_be_held_to_no_form() -> None:
+    words = Words("", ())
+    schema = {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": ["integer", "null"]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    start = '<tool_call>\n<function=f>\n<parameter=a>\n"1" <\n\n</parameter>\n<parameter=b>\n'
+    choice = talk(words, "qwen3-coder", "none", tools=tools, tool_choice="required", parallel_tool_calls=False)
+    _, _, ((_, arguments),) = outcome(words, choice, start, random.Random(1))
+    assert arguments["a"] == '"1" <\n'
+    jsonschema.validate(arguments, schema)
+    schema["properties"]["a"] = {"type": "string", "pattern": "x"}
+    with pytest.raises(ApiError, match="parameter 'a': pattern"):
+        talk(words, "qwen3-coder", "none", tools=tools, tool_choice="required")
 
 
 def test_a_schema_that_cannot_be_kept_names_the_field() -> None:

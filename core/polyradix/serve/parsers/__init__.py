@@ -13,12 +13,14 @@ from polyradix.serve.parsers.harmony import CHANNEL, Harmony
 from polyradix.serve.parsers.hermes import Hermes
 from polyradix.serve.parsers.llama3 import Llama3
 from polyradix.serve.parsers.mistral import ARGS, Mistral
+from polyradix.serve.parsers.qwen_coder import PARAMETER, QwenCoder
 
 # By name: what a chat template of such a model has in it, and how to make the parser for the template.
 TOOLS: dict[str, tuple[str, Callable[[str], Format]]] = {
     "gpt-oss": (CHANNEL, lambda template: Harmony()),
     "deepseek": (BEGIN, lambda template: DeepSeek(fenced="```json" in template or not template)),
     "mistral": ("[TOOL_CALLS]", lambda template: Mistral(named=ARGS in template)),
+    "qwen3-coder": (PARAMETER, lambda template: QwenCoder()),
     "hermes": ("<tool_call>", lambda template: Hermes()),
     "llama3": ("<|python_tag|>", lambda template: Llama3()),
 }

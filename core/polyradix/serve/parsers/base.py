@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import string
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+from polyradix.grammar.compiler import JSON_FORM
 from polyradix.serve.parsers.feed import Call, Event, Feed, Script
+
+Schema: TypeAlias = dict[str, Any] | None
+ANYTHING: dict[str, Any] = {"type": "object"}
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,12 @@ class Format(ABC):
     shape: Shape
 
     @abstractmethod
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
-        """Of an output; `names` are the request's functions."""
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
+        """Of an output; `tools` are the request's functions and the schemas of their arguments."""
+
+    def arguments(self, rule: str, schema: Schema) -> str:
+        """The Lark rule of this name, for arguments of the schema, and those that it needs."""
+        return f"{rule}: %json {json.dumps((schema or ANYTHING) | {'x-guidance': JSON_FORM})}"
 
     def adapt(self, message: dict[str, Any]) -> dict[str, Any]:
         """An earlier message as the template expects it. Given are arguments as objects, "" for no content, and

@@ -8,9 +8,10 @@ Source: the chat templates of deepseek-ai/DeepSeek-V3-0324, DeepSeek-R1-0528 and
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
-from polyradix.serve.parsers.base import Format, Shape
+from polyradix.serve.parsers.base import Format, Schema, Shape
 from polyradix.serve.parsers.feed import Arguments, Call, Feed, Script, Text
 
 BAR = "\uff5c"
@@ -37,7 +38,7 @@ class DeepSeek(Format):
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         return message
 
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         while mark := (yield from feed.until(ALL, BEGIN, END_ALL, to=Text, trim=True)):
             yield from feed.next()
             if mark != BEGIN:

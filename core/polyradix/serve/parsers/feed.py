@@ -7,7 +7,7 @@ until it is clear that it is none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -130,7 +130,7 @@ class Feed:
                 return whole
             yield None
 
-    def call(self, *keys: str, known: frozenset[str] | None = None) -> Generator[Event | None, None, None]:
+    def call(self, *keys: str, known: Container[str] | None = None) -> Generator[Event | None, None, None]:
         """A call `{"name": ..., KEY: {...}}` with its members in any order, KEY one of `keys`. Raises Malformed before
         the call has begun if it is none, or if its name is not among the `known`."""
         name, held = "", ""

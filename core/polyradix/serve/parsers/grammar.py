@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from polyradix.grammar.compiler import JSON_FORM
 from polyradix.serve.parsers import thinking
-from polyradix.serve.parsers.base import Format
+from polyradix.serve.parsers.base import Format, Schema
 from polyradix.serve.parsers.harmony import CHANNEL, ENDS, MESSAGE, START, Harmony
 
 Special = Callable[[str], int | None]  # the id of a text that is one special token
-ANYTHING = {"type": "object"}
 
 
-def calls(form: Format, tools: Sequence[tuple[str, dict[str, Any] | None]], parallel: bool, special: Special) -> str:
+def calls(form: Format, tools: Sequence[tuple[str, Schema]], parallel: bool, special: Special) -> str:
     """A rule `calls`: at least one call of tools (name, schema of its arguments), in the model's format."""
     shape = form.shape
 
@@ -29,7 +26,7 @@ def calls(form: Format, tools: Sequence[tuple[str, dict[str, Any] | None]], para
     for i, (name, schema) in enumerate(tools):
         quoted = json.dumps(name) if '"name": NAME' in shape.before else name
         rules.append(f"call_{i}: {lark(shape.before.replace('NAME', quoted))} args_{i} {lark(shape.after)}")
-        rules.append(f"args_{i}: %json {json.dumps((schema or ANYTHING) | {'x-guidance': JSON_FORM})}")
+        rules.append(form.arguments(f"args_{i}", schema))
     return "\n".join(rules)
 
 

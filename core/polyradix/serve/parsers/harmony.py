@@ -7,9 +7,10 @@ Source: OpenAI, "OpenAI harmony response format" (cookbook), and the chat templa
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
-from polyradix.serve.parsers.base import Format, Shape
+from polyradix.serve.parsers.base import Format, Schema, Shape
 from polyradix.serve.parsers.feed import Arguments, Call, Emit, Feed, Reasoning, Script, Text
 
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
@@ -27,7 +28,7 @@ class Harmony(Format):
             message["thinking"] = thinking
         return message
 
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         mark = MESSAGE
         while mark:
             head, mark = yield from feed.hold(MESSAGE)

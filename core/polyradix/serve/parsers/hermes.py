@@ -5,7 +5,9 @@ Source: the chat templates of NousResearch/Hermes-2-Pro-Llama-3-8B, Qwen/Qwen2.5
 
 from __future__ import annotations
 
-from polyradix.serve.parsers.base import Format, Shape
+from collections.abc import Mapping
+
+from polyradix.serve.parsers.base import Format, Schema, Shape
 from polyradix.serve.parsers.feed import Feed, Malformed, Script, Text
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -15,7 +17,7 @@ class Hermes(Format):
     marks = (BEGIN, END)
     shape = Shape(f'{BEGIN}\n{{"name": NAME, "arguments": ', f"}}\n{END}", between="\n")
 
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         while (yield from feed.until(BEGIN, to=Text, trim=True)):
             feed.taken = BEGIN
             try:

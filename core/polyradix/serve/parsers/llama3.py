@@ -6,7 +6,9 @@ meta-llama/Llama-3.1-8B-Instruct, and Llama's documentation of JSON based tool c
 
 from __future__ import annotations
 
-from polyradix.serve.parsers.base import Format, Shape
+from collections.abc import Mapping
+
+from polyradix.serve.parsers.base import Format, Schema, Shape
 from polyradix.serve.parsers.feed import Feed, Malformed, Script, Text
 
 TAG = "<|python_tag|>"
@@ -16,14 +18,14 @@ class Llama3(Format):
     marks = (TAG,)
     shape = Shape('{"name": NAME, "parameters": ', "}", between="; ")
 
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         feed.taken = ""
         if (yield from feed.next(TAG)) == TAG:
             feed.take(len(TAG))
             yield from feed.next()
         try:
             while (yield from feed.next()) == "{":
-                yield from feed.call("parameters", "arguments", known=names)
+                yield from feed.call("parameters", "arguments", known=tools)
                 feed.taken = ""
                 if (yield from feed.next()) == ";":
                     feed.take(1)

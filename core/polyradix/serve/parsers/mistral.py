@@ -6,7 +6,9 @@ mistralai/Mistral-7B-Instruct-v0.3 and mistralai/Mistral-Small-3.2-24B-Instruct-
 
 from __future__ import annotations
 
-from polyradix.serve.parsers.base import Format, Shape, short_id
+from collections.abc import Mapping
+
+from polyradix.serve.parsers.base import Format, Schema, Shape, short_id
 from polyradix.serve.parsers.feed import Arguments, Call, Feed, Malformed, Script, Text
 
 BEGIN, ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -23,7 +25,7 @@ class Mistral(Format):
     def new_id(self) -> str:
         return short_id()
 
-    def parse(self, feed: Feed, names: frozenset[str]) -> Script:
+    def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         while (yield from feed.until(BEGIN, to=Text, trim=True)):
             feed.taken = BEGIN
             try:
