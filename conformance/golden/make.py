@@ -115,6 +115,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **EXPERTS,
+            "num_experts_per_tok": 3,
+            "num_hidden_layers": 3,
+            "intermediate_size": 128,
+            "sliding_window": 20,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+    ),
     "llama": ("Llama", {"rope_parameters": LLAMA3, "num_hidden_layers": 3}),
     "llama-bias": (
         "Llama",

@@ -105,6 +105,7 @@ class Attention:
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: tuple[float, ...] = ()  # one for each query head, or none
 
 
 def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
@@ -120,9 +121,11 @@ def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
             keys, values = k[first : t + 1, h // group], v[first : t + 1, h // group]
             score = p.total(q[row, h] * keys) * p.wide(a.scale)
             score = capped(p, score, a.softcap)
-            e = np.exp(score - score.max())
+            sink = p.wide(a.sinks[h] if a.sinks else -np.inf)
+            top = max(score.max(), sink)
+            e = np.exp(score - top)
             weighted = p.round(e)[:, None].astype(p.wide) * values  # kernels may round the weights to the dtype
-            out[row, h] = p.total(weighted.T) / p.total(e)
+            out[row, h] = p.total(weighted.T) / (p.total(e) + np.exp(sink - top))
     return p.round(out)
 
 

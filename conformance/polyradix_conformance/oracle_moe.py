@@ -22,16 +22,24 @@ class Routing:
     groups: int = 1
     top_groups: int = 1
     group_best: int = 1
+    bias: str = "choice"
+    limit: float | None = None
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
 class Experts:
-    """router [E,H], bias [E] or None, gate_up [E,2F,H], down [E,H,F]."""
+    """router [E,H], bias [E] or None, gate_up [E,2F,H], down [E,H,F], and their biases [E,2F], [E,H] or None."""
 
     router: Arr
     bias: Arr | None
     gate_up: Arr
     down: Arr
+    gate_up_bias: Arr | None = None
+    down_bias: Arr | None = None
+
+    def choice_bias(self, r: Routing) -> Arr | None:
+        return self.bias if r.bias == "choice" else None
 
 
 def moe(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
@@ -41,7 +49,7 @@ def moe(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
 
 def scores(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
     """[E] of one token x [H], never rounded."""
-    (z,) = oracle.linear(p, x[None], w.router, final=True)
+    (z,) = oracle.linear(p, x[None], w.router, w.bias if r.bias == "logits" else None, final=True)
     with np.errstate(over="ignore"):
         if r.scoring == "sigmoid":
             out: Arr = p.wide(1) / (p.wide(1) + np.exp(-z))
@@ -79,16 +87,26 @@ def _gap(values: Arr, n: int) -> float:
 
 def _token(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
     score = scores(p, x, w, r)
-    ids = route(score, w.bias, r)
+    ids = route(score, w.choice_bias(r), r)
     weights = score[ids]
     if r.renormalise:
         weights = weights / (p.total(weights) + p.wide(1e-20))
     weights = weights * p.wide(r.scale)
-    parts: list[Arr] = [_expert(p, x[None], w.gate_up[e], w.down[e]) for e in ids]
+    parts: list[Arr] = [_expert(p, x[None], w, e, r) for e in ids]
     terms: Arr = weights[:, None] * np.array(parts).astype(p.wide)
     return p.total(terms.T)
 
 
-def _expert(p: Precision, x: Arr, gate_up: Arr, down: Arr) -> Arr:
-    out: Arr = oracle.linear(p, oracle.gated(p, oracle.linear(p, x, gate_up)), down)[0]
+def _expert(p: Precision, x: Arr, w: Experts, e: int, r: Routing) -> Arr:
+    both = oracle.linear(p, x, w.gate_up[e], None if w.gate_up_bias is None else w.gate_up_bias[e])
+    inner = oracle.gated(p, both) if r.limit is None else _clamped(p, both, r.limit, r.alpha)
+    out: Arr = oracle.linear(p, inner, w.down[e], None if w.down_bias is None else w.down_bias[e])[0]
     return out
+
+
+def _clamped(p: Precision, x: Arr, limit: float, alpha: float) -> Arr:
+    (x,) = p.take(x)
+    gate, up = np.split(x, 2, axis=-1)
+    gate, up = np.minimum(gate, p.wide(limit)), np.clip(up, p.wide(-limit), p.wide(limit))
+    with np.errstate(over="ignore"):
+        return p.round(gate / (p.wide(1) + np.exp(p.wide(-alpha) * gate)) * (up + p.wide(1)))

@@ -48,7 +48,7 @@ class Rig:
         """Split over ranks as in a model: logits by rows, experts by id, latent_up by head, linear_reduce by columns,
         linear by rows of each segment; one without segments is whole on every rank."""
         axis = {**AXES, "linear": 0 if segments else None}.get(kind)
-        dtype = dtype or ("float32" if kind in ("rope", "router") else self.dtype)
+        dtype = dtype or ("float32" if kind in ("rope", "router", "sinks") else self.dtype)
         self._packed += 1
         spec = ParamSpec(f"{kind}_{self._packed}", kind, value.shape, dtype, segments, axis, bias is not None)
         host = {"weight": value, "bias": bias}

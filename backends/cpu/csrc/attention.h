@@ -94,6 +94,7 @@ template <class T> struct Attention {
     const Op& o;
     const Context& c;
     Cache<T> cache{(T*)o.p[3], o.n[1], o.n[2], o.n[6]};
+    const float* sinks = (const float*)o.p[4];
     const int64_t Hq = o.n[0], Hk = o.n[1], D = o.n[2], G = Hq / Hk, page = o.n[6], window = o.n[7];
 
     void write() const {
@@ -266,7 +267,7 @@ template <class T> struct Attention {
         for (int r = 0; r < rows; r++) {
             int64_t token = (first + r) / G, head = h * G + (first + r) % G;
             widen((const T*)o.p[0] + (q0 + token) * o.n[3] + head * D, t.q + r * D, D);
-            t.position[r] = before + token, t.top[r] = -INFINITY, t.sum[r] = 0;
+            t.position[r] = before + token, t.top[r] = sinks ? sinks[head] : -INFINITY, t.sum[r] = sinks ? 1 : 0;
         }
         memset(t.o, 0, rows * D * sizeof(float));
 #if PX_AMX
@@ -277,7 +278,7 @@ template <class T> struct Attention {
         for (int64_t k0 = lo > 0 ? lo / BLOCK * BLOCK : 0; k0 < hi; k0 += BLOCK) block(t, rows, pages, h, k0, hi, kv);
         for (int r = 0; r < rows; r++) {
             int64_t token = (first + r) / G, head = h * G + (first + r) % G;
-            T* out = (T*)o.p[4] + (q0 + token) * Hq * D + head * D;
+            T* out = (T*)o.p[5] + (q0 + token) * Hq * D + head * D;
             const VF sum = set1(t.sum[r]);
             PX_EACH(d, D, S(out, div(L(t.o + r * D), sum));)
         }

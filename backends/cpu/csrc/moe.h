@@ -42,7 +42,7 @@ template <class T> static void route_row(const Op& o, const T* x, float* scratch
     for (int64_t e = 0; e < E; e++) {
         VF sum = set1(0.0f);
         PX_EACH(i, H, sum = fma(L(x), L(w + e * H), sum);)
-        score[e] = hsum(sum);
+        score[e] = flags & BIASED_LOGITS && bias ? hsum(sum) + bias[e] : hsum(sum);
         top = score[e] > top ? score[e] : top;
     }
     if (flags & SOFTMAX) {
@@ -53,7 +53,7 @@ template <class T> static void route_row(const Op& o, const T* x, float* scratch
     } else
         PX_EACH(i, E, S(score, div(set1(1.0f), add(set1(1.0f), vexp(sub(set1(0.0f), L(score))))));)
     for (int64_t e = 0; e < E; e++) {
-        const float v = bias ? score[e] + bias[e] : score[e];
+        const float v = bias && !(flags & BIASED_LOGITS) ? score[e] + bias[e] : score[e];
         choice[e] = left[e] = v > LOWEST ? v : LOWEST;  // of NaN too: an expert is chosen once
     }
     if (o.n[5] < groups) keep_groups(choice, left, best, groups, E / groups, o.n[5], o.n[6]);
@@ -115,6 +115,7 @@ template <class T> static void experts(const Op& o, const Context& c) {
         held = b;
         Op mine = o;
         mine.p[1] = (T*)o.p[1] + e * tiles * 32 * K;
+        if (o.p[2]) mine.p[2] = (float*)o.p[2] + e * tiles * 32;
         mine.p[3] = o.p[4];
         columns_of<T>(mine, a, lda, t, t + run < tiles ? t + run : tiles, r0, rows, configured);
     }

@@ -9,7 +9,8 @@
 enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP };
 enum Flag : int32_t { F32 = 1, SEQS = 2 };
 enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_SILU, FUSED_GELU };  // all but the first: gate and up interleaved by 16 columns
-enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2 };
+enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2, BIASED_LOGITS = 4 };
+enum Gate : int64_t { SILU, GELU, CLAMPED };
 
 // kind      p[]                                    n[]                                              f[]
 // EMBED     table [V,H], out                       H
@@ -18,13 +19,13 @@ enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2 };
 // NORM      x, w f32, out                          width, x stride, inner (rows per x row, mult = inner)   eps
 // ADD_NORM  x, residual, w f32, out, sum           H                                                eps
 // ROPE      q, k, table f32 [pos,D], q out, k out  Hq, Hk, D, q stride, k stride
-// ATTEND    q, k, v, kv, out                       Hq, Hk, D, q, k, v stride, page, window or 0     scale, softcap or 0
-// GATED     x [.,2F], out [.,F]                    F, x stride, 0 for silu or 1 for gelu_tanh
+// ATTEND    q, k, v, kv, sinks f32 [Hq] or null, out   Hq, Hk, D, q, k, v stride, page, window or 0  scale, softcap or 0
+// GATED     x [.,2F], out [.,F]                    F, x stride, Gate                                alpha, limit of CLAMPED
 // LAST      x, out [S,H]                           H, x stride
 // ARGMAX    x f32 [rows,V], out i32 [rows]         V
 // ROUTE     x, w f32 [E,H], bias f32 or null, weights f32 [T,K], plan   H, x stride, E, K, groups, top_groups,
 //                                                  group_best, RouteFlag                            scale
-// EXPERTS   x, w [E] as of LINEAR, null, plan, out [P,N]   the first seven of LINEAR, E        pairs to a row of x, 0 if sorted
+// EXPERTS   x, w and bias [E] as of LINEAR, plan, out [P,N]   the first seven of LINEAR, E        pairs to a row of x, 0 if sorted
 // CAP       x f32 [rows,V], out f32                V                                                softcap
 // SUM       parts [P,H], weights, plan, out [T,H]  H, K, E
 //

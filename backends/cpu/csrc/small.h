@@ -71,12 +71,16 @@ template <class T> static void rope(const Op& o, const Context& c) {
 
 template <class T> static void gated(const Op& o, const Context& c) {
     int64_t from, to, F = o.n[0];
+    const VF alpha = set1(o.f[0]), most = set1(o.f[1]), least = set1(-o.f[1]);
     c.share(c.rows(o), from, to);
     for (int64_t r = from; r < to; r++) {
         const T* x = (const T*)o.p[0] + r * o.n[1];
         T* out = (T*)o.p[1] + r * F;
-        if (o.n[2])
+        if (o.n[2] == GELU)
             PX_EACH(i, F, S(out, mul(vgelu(L(x)), L(x + F)));)
+        else if (o.n[2] == CLAMPED)
+            PX_EACH(i, F, VF g = vmin(L(x), most); VF u = vmax(vmin(L(x + F), most), least);
+                    S(out, mul(vgate(g, mul(alpha, g)), add(u, set1(1.0f))));)
         else
             PX_EACH(i, F, S(out, mul(vsilu(L(x)), L(x + F)));)
     }

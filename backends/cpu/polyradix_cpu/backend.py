@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ class TorchCPUBackend(TorchBackend):
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
         caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES | QUANTS)
+        if not own:
+            caps = replace(caps, features=caps.features - {"sinks"})
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:

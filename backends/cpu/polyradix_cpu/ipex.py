@@ -44,6 +44,8 @@ class IpexAttention:
     def __call__(
         self, q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], m: TorchMeta, a: AttnSpec
     ) -> torch.Tensor:
+        if a.sinks is not None:
+            raise Unsupported("sinks", "attention of intel_extension_for_pytorch")
         k, v = (cache.transpose(1, 2) for cache in kv)  # it wants [pages, kv_heads, page_size, D]
         out = torch.empty_like(q)
         starts = torch.tensor(m.rows, dtype=torch.int32)

@@ -11,7 +11,7 @@ import torch_npu
 from torch_npu.utils.collect_env import get_cann_version
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, check_claimed
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -61,7 +61,7 @@ class NpuBackend(TorchBackend):
             page_sizes=(PAGE,),
             max_head_dim=512,
             head_dim_multiple=16,
-            features=FEATURES - {"softcap", "indexer"},
+            features=FEATURES - {"softcap", "sinks", "moe_bias", "moe_clamp", "indexer"},
             step_tokens=4096,
             async_launch=True,
             mem_fraction=0.9,
@@ -91,7 +91,9 @@ class NpuBackend(TorchBackend):
             return Linear(weight.float(), bias)  # rounding logits to bfloat16 would make ties
         return Linear(_fractal(weight), bias)
 
-    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        if bias is not None:
+            raise Unsupported("moe_bias", f"parameter {spec.name}")
         return Experts(_fractal(weight.transpose(1, 2).contiguous()))
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:

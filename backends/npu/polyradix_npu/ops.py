@@ -53,8 +53,8 @@ class NpuOps(TorchOps):
         return calls.rotate(q.float(), cos, sin).to(q.dtype), calls.rotate(k.float(), cos, sin).to(k.dtype)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
-        if a.softcap is not None:
-            raise Unsupported("softcap")
+        if a.softcap is not None or a.sinks is not None:
+            raise Unsupported("softcap" if a.sinks is None else "sinks")
         calls.write(k, v, kv, m.slots)
         return (plain if q.dtype == torch.float32 else self._fused.attend)(q, kv, m, a), kv
 
@@ -90,6 +90,8 @@ class NpuOps(TorchOps):
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        if s.bias == "logits" or s.limit is not None:
+            raise Unsupported("moe_bias" if s.limit is None else "moe_clamp")
         ids, weights = _route(w.router, x, s)
         rows, where, counts = calls.by_expert(x, ids, s.experts)
         sums = counts.cumsum(0)

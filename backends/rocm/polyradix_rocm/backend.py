@@ -46,9 +46,9 @@ class AiterHost(TorchBackend):
         if isinstance(self.ops, AiterVerbs):
             self.wide = frozenset()
 
-    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
-        plain = super()._experts(spec, weight)
-        return Experts(weight, plain) if isinstance(self.ops, AiterVerbs) else plain
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        plain = super()._experts(spec, weight, bias)
+        return Experts(weight, plain) if bias is None and isinstance(self.ops, AiterVerbs) else plain
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         plain = super()._router(spec, weight, bias)

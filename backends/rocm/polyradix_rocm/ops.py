@@ -86,7 +86,7 @@ class AiterVerbs(Beneath):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any, a: AttnSpec) -> Any:
         decode = self._decodes(m) and a.window is None and self._decodes_in(a)
-        if q.dtype != BF16 or not (decode or self._prefills_in(a)):
+        if q.dtype != BF16 or a.sinks is not None or not (decode or self._prefills_in(a)):
             return super().attend(q, k, v, kv, m, a)
         self._write(k, v, kv, m)
         part = self._plan(m, kv[0].shape[1]).whole
@@ -150,7 +150,8 @@ class AiterVerbs(Beneath):
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
         router: Router = w.router
-        if not isinstance(w.gate_up, Experts) or not self._takes(x, w):
+        plain_silu = s.bias == "choice" and s.limit is None
+        if not (plain_silu and isinstance(w.gate_up, Experts) and self._takes(x, w)):
             plain = (getattr(part, "plain", part) for part in (w.gate_up, w.down))
             return super().moe(x, MoeWeights(router.plain, *plain), s)
         logits = F.linear(x.float(), router.weight).nan_to_num(LOWEST)

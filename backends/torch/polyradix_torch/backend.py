@@ -55,17 +55,19 @@ class TorchBackend(ABC):
         """A packed linear or logits weight."""
         return Linear(weight, bias)
 
-    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
-        return [self._linear(spec, each, None) for each in weight]
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return [self._linear(spec, each, None if bias is None else bias[e]) for e, each in enumerate(weight)]
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router(self._linear(spec, weight, None), bias)
 
     def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
-        def of(codes: Codes) -> QuantLinear:
+        def of(codes: Codes, bias: torch.Tensor | None) -> QuantLinear:
             return QuantLinear(codes, bias, torch_dtype(spec.dtype), partial(self._linear, spec))
 
-        return [of(codes[e]) for e in range(len(codes.codes))] if spec.kind == "experts" else of(codes)
+        if spec.kind != "experts":
+            return of(codes, bias)
+        return [of(codes[e], None if bias is None else bias[e]) for e in range(len(codes.codes))]
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         torch_dtype(spec.dtype)
@@ -78,7 +80,7 @@ class TorchBackend(ABC):
         if spec.kind in ("linear", "linear_reduce", "logits"):
             return self._linear(spec, weight, bias)
         if spec.kind == "experts":
-            return self._experts(spec, weight)
+            return self._experts(spec, weight, bias)
         if spec.kind == "router":
             return self._router(spec, weight, bias)
         if spec.kind == "norm" and bias is not None:

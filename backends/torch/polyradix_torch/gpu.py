@@ -35,7 +35,7 @@ from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
 from polyradix_torch.triton import attention, latent
 from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
-from polyradix_torch.triton.moe import Router
+from polyradix_torch.triton.moe import Biased, Router
 from polyradix_torch.triton.ops import GpuMeta
 from polyradix_torch.triton.quant import fits
 from polyradix_torch.triton.rows import argmax, take_previous
@@ -57,14 +57,15 @@ class TritonBackend(TorchBackend):
     _page, _rows, _latent = 16, 64, False  # of the cache made last: page size, rows of a prefill's tile, its kind
     wide = frozenset({"norm"})
 
-    def _experts(self, spec: ParamSpec, weight: torch.Tensor) -> Weight:
-        return weight
+    def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
+        return weight if bias is None else Biased(weight, bias)
 
     def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
-        if not fits(codes.quant, spec.shape[-1]):
+        experts = spec.kind == "experts"
+        if not fits(codes.quant, spec.shape[-1]) or (experts and bias is not None):
             weight = codes.weight().to(torch_dtype(spec.dtype))
-            return self._experts(spec, weight) if spec.kind == "experts" else self._linear(spec, weight, bias)
-        return codes if spec.kind == "experts" else super()._quantised(spec, codes, bias)
+            return self._experts(spec, weight, bias) if experts else self._linear(spec, weight, bias)
+        return codes if experts else super()._quantised(spec, codes, bias)
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router.of(weight, bias)

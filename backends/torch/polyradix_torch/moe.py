@@ -21,7 +21,7 @@ SERIAL = 32768  # torch's own grain size: elementwise calls of up to so many ele
 
 @dataclass(frozen=True)
 class Router:
-    """Logits [T,H] -> [T,experts] float32, and the selection bias [experts] float32."""
+    """Logits [T,H] -> [T,experts] float32, and the bias [experts] float32, which they do not have yet."""
 
     logits: Rows
     bias: torch.Tensor | None
@@ -29,6 +29,8 @@ class Router:
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 [T,top_k] of the chosen experts, best first, and their weights float32, from logits [T,experts]."""
+    if s.bias == "logits" and bias is not None:
+        logits, bias = logits + bias, None
     score = logits.softmax(-1) if s.scoring == "softmax" else sigmoid(logits)
     ids = _chosen(score if bias is None else score + bias, s)
     weights = score.gather(1, ids)
@@ -38,6 +40,14 @@ def route(logits: torch.Tensor, bias: torch.Tensor | None, s: MoeSpec) -> tuple[
             total = total + column
         weights = weights / (total + 1e-20)[:, None]
     return ids, weights * s.scale
+
+
+def clamped(x: torch.Tensor, s: MoeSpec) -> torch.Tensor:
+    """The gate of a MoeSpec with a limit: [n,2F] -> [n,F]."""
+    assert s.limit is not None
+    gate, up = x.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=s.limit), up.clamp(-s.limit, s.limit)
+    return (gate * sigmoid(s.alpha * gate) * (up + 1)).to(x.dtype)
 
 
 def spread(

@@ -34,7 +34,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_torch.indexer import attend_alone, layer_norm, select
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
-from polyradix_torch.moe import SERIAL, route, sigmoid, spread, weighted
+from polyradix_torch.moe import SERIAL, clamped, route, sigmoid, spread, weighted
 
 GATES = get_args(Gate)
 GELU = 2 * (2 / pi) ** 0.5  # its tanh form is x * sigmoid(GELU * (x + 0.044715 x^3))
@@ -196,8 +196,12 @@ class TorchOps(Products):
         ids, weights = route(w.router.logits(x), w.router.bias, s)
 
         def run(e: int, rows: torch.Tensor) -> torch.Tensor:
-            down: Linear = w.down[e]
-            return down(self.linear_gated(rows, w.gate_up[e], "silu"))
+            gate_up, down = w.gate_up[e], w.down[e]
+            inner = (
+                self.linear_gated(rows, gate_up, "silu") if s.limit is None else clamped(self.linear(rows, gate_up), s)
+            )
+            out: torch.Tensor = down(inner)
+            return out
 
         return weighted(spread(x, ids, s.experts, run), weights).to(x.dtype)
 
@@ -275,4 +279,7 @@ def _tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int, a: Attn
     if a.window is not None:
         future |= hidden.tril(start - begin - a.window)
     scores.view(len(q), -1, TILE, stop - begin).masked_fill_(future, float("-inf"))
-    return torch.bmm(scores.softmax(-1), v[:, begin:stop])
+    if a.sinks is None:
+        return torch.bmm(scores.softmax(-1), v[:, begin:stop])
+    sinks = a.sinks.view(len(q), -1, 1, 1).expand(-1, -1, TILE, 1).reshape(len(q), -1, 1)
+    return torch.bmm(torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1], v[:, begin:stop])

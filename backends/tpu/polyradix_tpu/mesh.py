@@ -56,7 +56,7 @@ def abstract(mesh: Mesh, spec: ParamSpec) -> Packed:
     split = spec.kind == "logits" and spec.shard_axis is not None
     rows = spec.shape[0] + (-spec.shape[0] % mesh.size if split else 0)
     specs = partition(Packed(None, spec.bias or None, spec.shape[0], spec.shard_axis))
-    bias = struct((rows,), specs.bias) if spec.bias else None
+    bias = struct((rows, *spec.shape[1:-1]), specs.bias) if spec.bias else None
     return Packed(struct((rows, *spec.shape[1:]), specs.value), bias, spec.shape[0], spec.shard_axis)
 
 

@@ -15,12 +15,32 @@ Rows: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
 
 def route(logits: jax.Array, bias: jax.Array | None, s: MoeSpec) -> tuple[jax.Array, jax.Array]:
     """Ids i32 [T,top_k] of the chosen experts, best first, and their weights float32, from logits [T,experts]."""
+    if s.bias == "logits" and bias is not None:
+        logits, bias = logits + bias, None
     score = jax.nn.softmax(logits, axis=-1) if s.scoring == "softmax" else jax.nn.sigmoid(logits)
     _, ids = jax.lax.top_k(_kept(score if bias is None else score + bias, s), s.top_k)  # the lower id among equals
     weights = jnp.take_along_axis(score, ids, axis=1)
     if s.renormalise:
         weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
     return ids, weights * s.scale
+
+
+def with_bias(rows: jax.Array, bias: jax.Array | None, sizes: jax.Array) -> jax.Array:
+    """Rows [n,N], sorted by expert, plus their expert's of bias [E,N]; those that no expert has stay as they are."""
+    if bias is None:
+        return rows
+    ends, at = jnp.cumsum(sizes), jnp.arange(len(rows))
+    expert = jnp.minimum(jnp.searchsorted(ends, at, side="right"), len(bias) - 1)
+    added = rows.astype(jnp.float32) + bias.astype(jnp.float32)[expert]
+    return jnp.where((at < ends[-1])[:, None], added, rows).astype(rows.dtype)
+
+
+def clamped(x: jax.Array, s: MoeSpec) -> jax.Array:
+    """The gate of a MoeSpec with a limit: [n,2F] -> [n,F]."""
+    assert s.limit is not None
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    gate, up = jnp.minimum(gate, s.limit), jnp.clip(up, -s.limit, s.limit)
+    return (gate * jax.nn.sigmoid(s.alpha * gate) * (up + 1)).astype(x.dtype)
 
 
 def _kept(choice: jax.Array, s: MoeSpec) -> jax.Array:

@@ -32,7 +32,7 @@ from polyradix_tpu.kernels import Kernels
 from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.kernels.xla import precision, write_rows
 from polyradix_tpu.mesh import AXIS, Packed
-from polyradix_tpu.moe import route, spread
+from polyradix_tpu.moe import clamped, route, spread, with_bias
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -83,7 +83,8 @@ class JaxOps(Expansions):
         self, q: jax.Array, k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec
     ) -> tuple[jax.Array, jax.Array]:
         kv = self._kernels.write(k, v, kv, m)
-        out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads)))
+        sinks = None if a.sinks is None else a.sinks.value
+        out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads), sinks=sinks))
         return out.reshape(len(q), -1), kv
 
     def attend_latent(
@@ -150,8 +151,9 @@ class JaxOps(Expansions):
         split, here = w.down.axis is not None and self._collectives.size > 1, len(w.down.value)
 
         def run(rows: jax.Array, sizes: jax.Array) -> jax.Array:
-            inner = self._kernels.grouped(rows, w.gate_up.value, sizes)
-            return self._kernels.grouped(self.gated(inner, "silu"), w.down.value, sizes)
+            inner = with_bias(self._kernels.grouped(rows, w.gate_up.value, sizes), w.gate_up.bias, sizes)
+            inner = self.gated(inner, "silu") if s.limit is None else clamped(inner, s)
+            return with_bias(self._kernels.grouped(inner, w.down.value, sizes), w.down.bias, sizes)
 
         total = spread(x, ids, weights, jax.lax.axis_index(AXIS) * here if split else 0, here, run)
         return (self._collectives.all_reduce(total) if split else total).astype(x.dtype)

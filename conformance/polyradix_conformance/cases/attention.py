@@ -18,6 +18,7 @@ from polyradix_conformance.tolerance import floor
 GQA = Heads(q=4, kv=2, dim=64)
 LAYOUTS = {"mha": Heads(q=2, kv=2, dim=64), "mqa": Heads(q=4, kv=1, dim=64), "gqa": GQA}
 PLANS = ("whole", "decode", "chunked", "mixed")
+SINKS = (0.5, 3.0, -20.0, 12.0)
 PAGE_SIZES = (1, 8, 16, 32, 64, 128)
 
 
@@ -29,16 +30,17 @@ def attend(
     page: int | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: tuple[float, ...] = (),
 ) -> None:
     page = page or rig.page
     ragged = Ragged(ragged_lengths(page), page)
-    flow = Flow(rig, ragged, heads, Attention(heads.dim**-0.5, window, softcap), regime)
+    flow = Flow(rig, ragged, heads, Attention(heads.dim**-0.5, window, softcap, sinks), regime)
     flow.check(f"attend {plan}", getattr(ragged, plan)())
 
 
-def long(rig: Rig) -> None:
+def long(rig: Rig, sinks: tuple[float, ...] = ()) -> None:
     """The last tokens of a sequence longer than the partitions of any kernel; the rest is imported."""
-    heads, attention, n, new = Heads(2, 1, 64), Attention(0.125), 1000, 3
+    heads, attention, n, new = Heads(2, 1, 64), Attention(0.125, sinks=sinks), 1000, 3
     flow = Flow(rig, Ragged((n,), rig.page), heads, attention)
     data = rig.export(flow.kv, range(flow.ragged.num_pages))
     data[:, :1] = flow.contents([Part(0, 0, n - new)])
@@ -50,12 +52,25 @@ def long(rig: Rig) -> None:
 
 for dtype in ("float32", "bfloat16"):
     case("L1/attend/long", dtype, long)
+    case("L1/attend/long/sinks", dtype, partial(long, sinks=(6.5, 5.0)), features=("sinks",))
+    case(
+        "L5/attend/sinks/tp-2",
+        dtype,
+        partial(attend, plan="mixed", sinks=SINKS),
+        features=("sinks",),
+        tp=2,
+        profile="mesh",
+    )
     for plan in PLANS:
         for regime in REGIMES:
             case(f"L1/attend/{plan}/{regime}", dtype, partial(attend, plan=plan, regime=regime))
         for window in (1, 7, 40):
             body = partial(attend, plan=plan, window=window)
             case(f"L1/attend/{plan}/window-{window}", dtype, body, features=("window",))
+        body = partial(attend, plan=plan, sinks=SINKS)
+        case(f"L1/attend/{plan}/sinks", dtype, body, features=("sinks",))
+        body = partial(attend, plan=plan, sinks=SINKS, window=7, softcap=1.5)
+        case(f"L1/attend/{plan}/sinks-window-softcap", dtype, body, features=("sinks", "softcap", "window"))
         case(f"L1/attend/{plan}/softcap", dtype, partial(attend, plan=plan, softcap=1.5), features=("softcap",))
         case(f"L1/attend/{plan}/softcap-50", dtype, partial(attend, plan=plan, softcap=50.0), features=("softcap",))
     for name, heads in LAYOUTS.items():

@@ -27,6 +27,7 @@ H, F, E = 128, 128, 16  # widths that are whole tiles anywhere
 MARGIN = 1e-3
 SOFTMAX = Routing(E, 3)
 GROUPED = Routing(E, 3, "sigmoid", True, 2.5, groups=4, top_groups=2, group_best=2)
+LOGITS_BIASED = replace(SOFTMAX, bias="logits", renormalise=False)
 ROUTINGS = {
     "softmax": SOFTMAX,
     "sigmoid": replace(SOFTMAX, scoring="sigmoid"),
@@ -44,18 +45,21 @@ Answer = tuple[Arr, Arr, Arr]  # x [T,H], truth [T,H], floors [T]
 
 
 @cache
-def experts(dtype: str, count: int = E, bias: bool = False, width: int = F) -> Experts:
+def experts(dtype: str, count: int = E, bias: bool = False, width: int = F, all_biased: bool = False) -> Experts:
     """Scores of most tokens are well apart; biases are negative, so that no choice value is the larger for being 0."""
     router = values(f"moe router {count}", (count, H), dtype) / 8
     gate_up = values(f"moe gate_up {count} {width}", (count, 2 * width, H), dtype) / np.sqrt(H)
     down = values(f"moe down {count} {width}", (count, H, width), dtype) / np.sqrt(width)
     offset = values(f"moe bias {count}", (count,), "float32") / 4 - 2 if bias else None
-    return Experts(oracle.rounded(router, dtype), offset, oracle.rounded(gate_up, dtype), oracle.rounded(down, dtype))
+    more = [values(f"moe bias {count} {n}", (count, n), dtype) if all_biased else None for n in (2 * width, H)]
+    return Experts(
+        oracle.rounded(router, dtype), offset, oracle.rounded(gate_up, dtype), oracle.rounded(down, dtype), *more
+    )
 
 
 def clear_rows(x: Arr, w: Experts, r: Routing) -> Arr:
     """Those of x whose experts no rounding decides."""
-    apart = [margin(scores(EXACT, row, w, r), w.bias, r) > MARGIN for row in x]
+    apart = [margin(scores(EXACT, row, w, r), w.choice_bias(r), r) > MARGIN for row in x]
     out: Arr = x[np.array(apart)]
     return out
 
@@ -75,7 +79,8 @@ def normal(dtype: str, r: Routing, rows: int, bias: bool, regime: str = "normal"
 
 
 def packed(rig: Rig, w: Experts) -> dict[str, Any]:
-    gate_up, down = (rig.pack("experts", part) for part in (w.gate_up, w.down))
+    gate_up = rig.pack("experts", w.gate_up, w.gate_up_bias)
+    down = rig.pack("experts", w.down, w.down_bias)
     return {"router": rig.pack("router", w.router, w.bias), "gate_up": gate_up, "down": down}
 
 
@@ -122,6 +127,21 @@ def checked(rig: Rig, x: Arr, w: Experts, r: Routing) -> Answer:
     return run(rig, x, w, r), truth, floors
 
 
+def clamped(rig: Rig) -> None:
+    """As gpt-oss has it: every bias, and a limit that half of all rows meet."""
+    w = experts(rig.dtype, E, True, F, True)
+    r = replace(SOFTMAX, bias="logits", limit=1.25, alpha=1.702)
+    x = clear_rows(values("moe x", (40, H), rig.dtype), w, r)
+    rig.close("moe, clamped", *checked(rig, x, w, r))
+
+
+def biased_logits(rig: Rig) -> None:
+    """A bias so large that it changes the weights."""
+    w = replace(experts(rig.dtype, E, True), bias=values("moe logits bias", (E,), "float32") * 2)
+    x = clear_rows(values("moe x", (40, H), rig.dtype), w, LOGITS_BIASED)
+    rig.close("moe, biased logits", *checked(rig, x, w, LOGITS_BIASED))
+
+
 def ties(rig: Rig, r: Routing) -> None:
     """Experts share their router rows, over groups too, and every sum is exact."""
     random = np.random.default_rng(3)
@@ -158,9 +178,9 @@ def batches(rig: Rig, family: str) -> None:
                     same(f"{what}: sequence {part.seq} after {part.stop} tokens", row, want)
 
 
-def add(name: str, dtype: str, body: Callable[[Rig], None], tp: int = 1) -> None:
+def add(name: str, dtype: str, body: Callable[[Rig], None], tp: int = 1, more: tuple[str, ...] = ()) -> None:
     layer = "L1" if tp == 1 else "L5"
-    case(f"{layer}/moe/{name}", dtype, body, features=("moe",), tp=tp, profile="moe")
+    case(f"{layer}/moe/{name}", dtype, body, features=("moe", *more), tp=tp, profile="moe")
 
 
 for dtype in ("float32", "bfloat16"):
@@ -173,6 +193,9 @@ for dtype in ("float32", "bfloat16"):
     add("counts", dtype, counts)
     add("empty", dtype, empty)
     add("width", dtype, narrow)
+    add("biased-logits", dtype, biased_logits, more=("moe_bias",))
+    for tp in (1, 2):
+        add("clamped" if tp == 1 else f"clamped/tp-{tp}", dtype, clamped, tp, more=("moe_bias", "moe_clamp"))
     add("ties", dtype, partial(ties, r=SOFTMAX))
     add("ties/groups", dtype, partial(ties, r=GROUPED))
     add("alone", dtype, alone)

@@ -1,7 +1,6 @@
 """Backends with one defect each, made from the NumPy one. A suite that passes any of them is not worth running.
 
-`python -m polyradix_conformance.sabotage` prints which case kills which. Attention sinks are not in the contract yet,
-so no defect here ignores one.
+`python -m polyradix_conformance.sabotage` prints which case kills which.
 """
 
 from __future__ import annotations

@@ -119,6 +119,50 @@ class SinkLeftOn(NumpyOps):
         return super()._attend_row(q, keys, values, position + 1, a)
 
 
+@sabotage("L1/attend/whole/sinks")
+class SinksIgnored(NumpyOps):
+    """Sinks are no part of the softmax."""
+
+    def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
+        return super().attend(q, k, v, kv, m, replace(a, sinks=None))
+
+
+@sabotage("L1/attend/decode/sinks")
+class SinksIgnoredInDecode(NumpyOps):
+    """The path for batches of one token per sequence knows no sinks."""
+
+    def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
+        decode = len(q) == m.batch.num_seqs
+        return super().attend(q, k, v, kv, m, replace(a, sinks=None) if decode else a)
+
+
+@sabotage("L1/attend/whole/sinks")
+class SinksScaled(NumpyOps):
+    """A sink is scaled as scores are."""
+
+    def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
+        sinks = a.sinks and replace(a.sinks, value=a.sinks.value * np.float32(a.scale))
+        return super().attend(q, k, v, kv, m, replace(a, sinks=sinks))
+
+
+@sabotage("L1/attend/whole/sinks")
+class SinkOfTheFirstHead(NumpyOps):
+    """All heads have the first one's sink."""
+
+    def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
+        sinks = a.sinks and replace(a.sinks, value=np.full_like(a.sinks.value, a.sinks.value[0]))
+        return super().attend(q, k, v, kv, m, replace(a, sinks=sinks))
+
+
+@sabotage("L1/attend/whole/sinks-window-softcap")
+class SinksCapped(NumpyOps):
+    """A sink is capped as scores are."""
+
+    def attend(self, q: Any, k: Any, v: Any, kv: Any, m: NumpyMeta, a: AttnSpec) -> Any:
+        sinks = a.sinks and replace(a.sinks, value=self._capped(a.sinks.value, a.softcap))
+        return super().attend(q, k, v, kv, m, replace(a, sinks=sinks))
+
+
 @sabotage("L2/two_steps")
 class SpecKept(NumpyOps):
     """The first AttnSpec that this backend saw is used ever after."""

@@ -189,3 +189,48 @@ class ExpertsFromZero(NumpyOps):
 
     def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
         return super().moe(x, replace(w, down=replace(w.down, first=0)), s)
+
+
+@sabotage("L1/moe/biased-logits")
+class LogitsBiasChooses(NumpyOps):
+    """A bias of logits is added to choice values."""
+
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        return super().moe(x, w, replace(s, bias="choice"))
+
+
+@sabotage("L1/moe/clamped")
+class ExpertsBiasLost(NumpyOps):
+    """The bias of the second product is lost."""
+
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        return super().moe(x, replace(w, down=replace(w.down, bias=None)), s)
+
+
+@sabotage("L1/moe/clamped")
+class DownBiasOnce(NumpyOps):
+    """The bias of the second product is not weighted."""
+
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        out = super().moe(x, replace(w, down=replace(w.down, bias=None)), s)
+        if w.down.bias is None:
+            return out
+        ids, _ = self._route(x, w.router, s)
+        whole: Arr = out + w.down.bias[ids].sum(axis=1)
+        return whole.astype(x.dtype)
+
+
+@sabotage("L1/moe/clamped")
+class GateUnclamped(NumpyOps):
+    """A gate's limit is far off."""
+
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        return super().moe(x, w, s if s.limit is None else replace(s, limit=1e9))
+
+
+@sabotage("L1/moe/clamped")
+class AlphaOne(NumpyOps):
+    """A clamped gate's sigmoid is SiLU's."""
+
+    def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
+        return super().moe(x, w, replace(s, alpha=1.0))

@@ -24,7 +24,8 @@ class DeviceLost(RuntimeError):
 
 
 FEATURES = frozenset(
-    {"window", "softcap", "bias", "qk_norm", "gelu_tanh", "mask", "adjust", "logprobs", "moe", "mla", "indexer"}
+    {"window", "softcap", "sinks", "bias", "qk_norm", "gelu_tanh", "mask", "adjust", "logprobs"}
+    | {"moe", "moe_bias", "moe_clamp", "mla", "indexer"}
 )
 QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 

@@ -46,7 +46,9 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 Gate = Literal["silu", "gelu_tanh"]  # x * sigmoid(x), and x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
-ParamKind = Literal["embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up"]
+ParamKind = Literal[
+    "embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up", "sinks"
+]
 ParamPart = Literal["weight", "bias", "scale", "zero"]
 
 
@@ -87,9 +89,9 @@ class ParamSpec:
     parts fused along axis 0 (q, k, v or gate, up): each part is sharded by itself. `shard_axis` is the axis split over
     tensor-parallel ranks, None for replicated: 0 for linears, logits (V need not be a multiple of tp), experts and
     latent_up, 1 for linear_reduce, whose bias every rank has.
-    experts are [experts, out, in]: whole experts are sharded, rank r holds the r-th of tp equal runs of ids. router is
-    [experts, H] float32, replicated; its bias is the selection bias of MoeSpec. latent_up is [heads, nope + v, R], see
-    LatentSpec; its heads are sharded as experts are.
+    experts are [experts, out, in]: whole experts are sharded, rank r holds the r-th of tp equal runs of ids; their bias
+    is [experts, out]. router is [experts, H] float32, replicated; MoeSpec says what its bias is added to. latent_up is
+    [heads, nope + v, R], see LatentSpec, and sinks are [Hq] float32; their heads are sharded as experts are.
     backend/shard.py does the splitting, for backends that want it.
     `quant`, of linear, linear_reduce and experts, says that the Reader gives codes, scales and zeros. Segments, and
     ranks' shards, are whole blocks.
@@ -183,12 +185,14 @@ class Heads:
 @dataclass(frozen=True)
 class AttnSpec:
     """Causal attention. `scale` multiplies q.k; `window` w keeps keys with position > query position - w (None: all);
-    `softcap` c maps scores to c * tanh(score / c) (None: off)."""
+    `softcap` c maps scores to c * tanh(score / c) (None: off). `sinks`, of kind sinks, are scores of one key more for
+    each query head, whose value is zero: they are in the softmax's denominator alone, neither scaled nor capped."""
 
     heads: Heads
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: Weight | None = None
 
 
 @dataclass(frozen=True)
@@ -264,13 +268,17 @@ class Index:
 class MoeSpec:
     """How `moe` sends each token to `top_k` of `experts`. All of it is float32, never rounded to the dtype of x.
 
-    logits = x router^T. Scores are their softmax over all experts, or each one's sigmoid. An expert's choice value is
-    its score plus the router's bias, if there is one. Experts form `groups` of equal size, in the order of their ids.
-    The `top_groups` stay whose `group_best` best choice values have the largest sum; an expert of another group is
-    never chosen, however low the values are. Of those that stay, the `top_k` with the best choice values are chosen.
-    Of equal values the lower id wins, among groups too. A chosen expert's weight is its score, without bias; with
-    `renormalise` it is divided by the sum of the chosen scores plus 1e-20; then it is multiplied by `scale`.
+    logits = x router^T, plus the router's bias, if there is one and `bias` is "logits". Scores are their softmax over
+    all experts, or each one's sigmoid. An expert's choice value is its score, plus the router's bias, if there is one
+    and `bias` is "choice". Experts form `groups` of equal size, in the order of their ids. The `top_groups` stay whose
+    `group_best` best choice values have the largest sum; an expert of another group is never chosen, however low the
+    values are. Of those that stay, the `top_k` with the best choice values are chosen. Of equal values the lower id
+    wins, among groups too. A chosen expert's weight is its score, without a bias of choice; with `renormalise` it is
+    divided by the sum of the chosen scores plus 1e-20; then it is multiplied by `scale`.
     Source: DeepSeek-V3 (arXiv 2412.19437), 2.1.2; group_best is 2 there, and 1 in DeepSeek-V2.
+
+    An expert's gate is silu, as of `gated`. With a `limit` L it is gpt-oss's clamped SwiGLU: with g = min(gate, L), and
+    up cut to -L to L, it is g * sigmoid(alpha * g) * (up + 1).
 
     Experts that every token goes to (shared ones) are no part of it: a graph adds a gated feed-forward of its own.
 
@@ -285,6 +293,9 @@ class MoeSpec:
     groups: int = 1
     top_groups: int = 1
     group_best: int = 1
+    bias: Literal["choice", "logits"] = "choice"
+    limit: float | None = None
+    alpha: float = 1.0
 
     def __post_init__(self) -> None:
         size = self.experts // max(1, self.groups)
@@ -294,6 +305,8 @@ class MoeSpec:
             ("group_best", 1 <= self.group_best <= size, f"1 to the experts of a group ({size})"),
             ("top_k", 1 <= self.top_k <= size * self.top_groups, f"1 to the experts kept ({size * self.top_groups})"),
             ("scoring", self.scoring in ("softmax", "sigmoid"), "'softmax' or 'sigmoid'"),
+            ("bias", self.bias in ("choice", "logits"), "'choice' or 'logits'"),
+            ("limit", self.limit is None or self.limit > 0, "a number above 0, or None"),
         )
         for name, good, expected in rules:
             if not good:

@@ -9,7 +9,7 @@ import numpy as np
 from polyradix.backend.protocol import HostArray, KVSpec, ParamSpec
 
 # the one axis along which a kind can be split
-AXES = {"linear": 0, "linear_reduce": 1, "logits": 0, "experts": 0, "latent_up": 0}
+AXES = {"linear": 0, "linear_reduce": 1, "logits": 0, "experts": 0, "latent_up": 0, "sinks": 0}
 
 
 def check_param(spec: ParamSpec, tp: int) -> None:

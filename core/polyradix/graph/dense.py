@@ -74,6 +74,8 @@ def _qkv(spec: ModelSpec, dtype: DType) -> list[ParamSpec]:
     out = [ParamSpec("qkv", "linear", (q + 2 * kv, spec.hidden), dtype, (q, kv, kv), 0, spec.qkv_bias)]
     if spec.qk_norm:
         out += [_norm(spec, name, dtype, heads.dim) for name in ("q_norm", "k_norm")]
+    if spec.sinks:
+        out.append(ParamSpec("sinks", "sinks", (heads.q,), "float32", shard_axis=0))
     return out
 
 
@@ -92,6 +94,7 @@ _PARTS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "q_norm": ("self_attn.q_norm",),
     "k_norm": ("self_attn.k_norm",),
+    "sinks": ("self_attn.sinks",),
     "o": ("self_attn.o_proj",),
     "mlp_norm": ("post_attention_layernorm",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
@@ -159,7 +162,7 @@ def make_step(spec: ModelSpec) -> Step:
             if spec.qk_norm:
                 q, k = ops.rms_norm(q, w["q_norm"], eps), ops.rms_norm(k, w["k_norm"], eps)
             q, k = ops.rope(q, k, top["local_rope" if a.window and spec.local_rope else "rope"], m)
-            return ops.attend(q, k, v, kv, m, a)
+            return ops.attend(q, k, v, kv, m, replace(a, sinks=w["sinks"]) if spec.sinks else a)
 
         def feed(w: dict[str, Weight], a: Array, h: Array) -> tuple[Array, Array]:
             y = ops.linear_reduce(a, w["o"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polyradix.backend.protocol import Array, DType, MoeSpec, MoeWeights, Ops, ParamSpec, Weight
 
@@ -18,13 +18,14 @@ SHARED = {
 @dataclass(frozen=True)
 class Experts:
     """`intermediate` is the width of one expert, `shared` that of all experts together that every token goes to.
-    `dense_layers` have an ordinary feed-forward instead. `bias`: the router has a selection bias."""
+    `dense_layers` have an ordinary feed-forward instead. `bias`: the router has one; `biased`: so do the experts."""
 
     routing: MoeSpec
     intermediate: int
     dense_layers: frozenset[int] = frozenset()
     shared: int = 0
     bias: bool = False
+    biased: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,11 @@ _QWEN = Names("mlp.gate", *(f"mlp.experts.{{}}.{part}_proj" for part in ("gate",
 _MIXTRAL = Names("block_sparse_moe.gate", *(f"block_sparse_moe.experts.{{}}.{part}" for part in ("w1", "w3", "w2")))
 
 
+_GPT_OSS = replace(_QWEN, router="mlp.router")
+
+
 def names(architecture: str) -> Names:
-    return _MIXTRAL if architecture == "MixtralForCausalLM" else _QWEN
+    return {"MixtralForCausalLM": _MIXTRAL, "GptOssForCausalLM": _GPT_OSS}.get(architecture, _QWEN)
 
 
 def param_specs(x: Experts, hidden: int, dtype: DType) -> list[ParamSpec]:
@@ -53,8 +57,8 @@ def param_specs(x: Experts, hidden: int, dtype: DType) -> list[ParamSpec]:
     ]
     return [
         ParamSpec("router", "router", (count, hidden), "float32", bias=x.bias),
-        ParamSpec("experts_gate_up", "experts", (count, 2 * inner, hidden), dtype, shard_axis=0),
-        ParamSpec("experts_down", "experts", (count, hidden, inner), dtype, shard_axis=0),
+        ParamSpec("experts_gate_up", "experts", (count, 2 * inner, hidden), dtype, (), 0, x.biased),
+        ParamSpec("experts_down", "experts", (count, hidden, inner), dtype, (), 0, x.biased),
         *(shared if x.shared else ()),
     ]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from polyradix.backend.capabilities import Needs
 from polyradix.backend.protocol import DType, Gate, Heads, KVSpec, MoeSpec
-from polyradix.graph import deepseek, gemma
+from polyradix.graph import deepseek, gemma, gpt_oss
 from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
@@ -20,6 +20,7 @@ from polyradix.graph.windows import read_windows
 ARCHITECTURES = (
     *deepseek.ARCHITECTURES,
     *gemma.ARCHITECTURES,
+    gpt_oss.ARCHITECTURE,
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
@@ -27,7 +28,11 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
-_HEAD_DIMS = {"Qwen3ForCausalLM": 128, **dict.fromkeys(gemma.ARCHITECTURES, gemma.HEAD_DIM)}  # where none is given
+_HEAD_DIMS = {
+    "Qwen3ForCausalLM": 128,
+    gpt_oss.ARCHITECTURE: gpt_oss.HEAD_DIM,
+    **dict.fromkeys(gemma.ARCHITECTURES, gemma.HEAD_DIM),
+}  # where none is given
 _DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 
@@ -57,6 +62,7 @@ class ModelSpec:
     attn_scale: float | None = None  # None: 1 / sqrt(heads.dim)
     softcap: float | None = None  # of attention's scores
     logits_softcap: float | None = None
+    sinks: bool = False
     gate: Gate = "silu"
     embed_scale: float = 1.0
     norm_offset: float = 0.0
@@ -107,6 +113,8 @@ class ModelSpec:
             dtype=_dtype(c),
             experts=_experts(c, architecture, layers),
         )
+        if architecture == gpt_oss.ARCHITECTURE:
+            return gpt_oss.gpt_oss(spec, c)
         return gemma.gemma(spec, c) if architecture in gemma.ARCHITECTURES else spec
 
     def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
@@ -129,6 +137,9 @@ class ModelSpec:
             "window": self.window is not None,
             "softcap": self.softcap is not None or self.logits_softcap is not None,
             "gelu_tanh": self.gate == "gelu_tanh",
+            "sinks": self.sinks,
+            "moe_bias": self.experts is not None and self.experts.biased,
+            "moe_clamp": self.experts is not None and self.experts.routing.limit is not None,
             "moe": self.experts is not None,
             "mla": self.latent is not None,
             "indexer": self.latent is not None and self.latent.index is not None,

@@ -6,7 +6,11 @@ from polyradix.graph.config import Config
 
 _EVERYWHERE = ("MistralForCausalLM", "MixtralForCausalLM", "Qwen3MoeForCausalLM")
 _SWITCHED = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")  # by use_sliding_window
-_PATTERNS = {"Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 6}  # of so many layers the last has none
+_PATTERNS = {
+    "Gemma2ForCausalLM": 2,
+    "Gemma3ForCausalLM": 6,
+    "GptOssForCausalLM": 2,
+}  # of so many layers the last has none
 _TYPES = ("sliding_attention", "full_attention")
 
 

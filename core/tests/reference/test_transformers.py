@@ -61,6 +61,14 @@ SPARSE = {**DEEPSEEK, "index_topk": 12, "index_head_dim": 24, "index_n_heads": 3
 MISTRAL4 = {**DEEPSEEK, "n_group": 1, "topk_group": 1, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.4}}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 20, "sliding_window": 9}
+GPT_OSS = {
+    "num_local_experts": 6,
+    "num_experts_per_tok": 3,
+    "head_dim": 32,
+    "sliding_window": 9,
+    "swiglu_limit": 0.75,
+    "rope_parameters": {**YARN, "truncate": False},
+}
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -96,6 +104,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "gpt-oss": ("GptOss", GPT_OSS),
+    "gpt-oss-types": ("GptOss", {**GPT_OSS, "layer_types": ["full_attention", *["sliding_attention"] * 2]}),
     "mixtral": ("Mixtral", EXPERTS),
     "mixtral-window": ("Mixtral", {**EXPERTS, "sliding_window": 9, "head_dim": 32}),
     "qwen3-moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 32, "norm_topk_prob": True}),
@@ -157,7 +167,7 @@ def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -
     model = getattr(transformers, family + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 1:
+            if p.ndim == 1 or name.endswith("_bias"):
                 p.copy_(torch.randn_like(p) * 0.3 + (1.0 if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -52,7 +52,7 @@ class EagerBackend:
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"gelu_tanh", "moe", "mla", "indexer"},
+            features=FEATURES - {"sinks", "gelu_tanh", "moe", "moe_bias", "moe_clamp", "mla", "indexer"},
         )
 
     def memory(self) -> Memory:

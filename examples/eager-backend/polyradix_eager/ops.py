@@ -75,6 +75,8 @@ class EagerOps(Expansions):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, kv: LayerKV, m: Batch, a: AttnSpec) -> tuple[Tensor, LayerKV]:
         """[T,Hq/tp*D]. Writes k and v first, then reads the pages of each sequence."""
+        if a.sinks is not None:
+            raise Unsupported("sinks")
         page_size = kv[0].shape[1]
         for cache, new in zip(kv, (k, v), strict=True):
             cache[m.slots // page_size, m.slots % page_size] = new

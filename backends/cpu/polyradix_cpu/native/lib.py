@@ -16,7 +16,8 @@ AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 NEEDS = {"amx": AVX512 | {"amx_tile", "amx_bf16"}, "avx512": AVX512, "avx2": {"avx2", "fma"}}  # best first
 F32, SEQS = 1, 2
 PLAIN, SPLIT_GATE, FUSED_SILU, FUSED_GELU = range(4)
-SOFTMAX, RENORMALISE = 1, 2
+SOFTMAX, RENORMALISE, BIASED_LOGITS = 1, 2, 4
+SILU, GELU, CLAMPED = range(3)
 
 
 class Kind(IntEnum):

@@ -146,26 +146,29 @@ class NativeOps(Expansions):
         if heads.q % heads.kv or heads.dim != dim or kv.data.dtype != q.dtype:
             raise Unsupported("attend", f"{heads} over a cache of head size {dim} in {kv.data.dtype}")
         sizes = [heads.q, heads.kv, dim, _stride(q), _stride(k), _stride(v), kv.page_size, a.window or 0]
-        args = [q, k, v, kv.data]
+        args = [q, k, v, kv.data, None if a.sinks is None else a.sinks.data]
         shape = (q.shape[0], heads.q * dim)
         return self._emit(Kind.ATTEND, q, shape, args, sizes, [a.scale, a.softcap or 0.0], m=m, seqs=False)[0], kv
 
     def gated(self, x: Tensor, kind: Gate) -> Tensor:
         self._check_gate(kind)
         half = x.shape[1] // 2
-        sizes = [half, _stride(x), int(kind == "gelu_tanh")]
+        sizes = [half, _stride(x), lib.GELU if kind == "gelu_tanh" else lib.SILU]
         return self._emit(Kind.GATED, x, (x.shape[0], half), [x], sizes)[0]
 
     def moe(self, x: Tensor, w: MoeWeights, s: MoeSpec) -> Tensor:
         tokens, hidden = x.shape
         flags = lib.SOFTMAX * (s.scoring == "softmax") | lib.RENORMALISE * s.renormalise
+        flags |= lib.BIASED_LOGITS * (s.bias == "logits")
         sizes = [hidden, _stride(x), s.experts, s.top_k, s.groups, s.top_groups, s.group_best, flags]
         chosen, room = (tokens, s.top_k), (s.experts + 1 + 3 * tokens * s.top_k,)  # int32 in a float32 buffer
         args = [x, w.router.data, w.router.bias]
         weights, plan = self._emit(Kind.ROUTE, x, chosen, args, sizes, [s.scale], dtype=torch.float32, extra=[room])
         both = self._experts(x, w.gate_up, plan, s.top_k, s.top_k)
         inner = w.down.shape[2]
-        (part,) = self._emit(Kind.GATED, both, (*chosen, inner), [both], [inner, 2 * inner], mult=s.top_k)
+        gate, how = (lib.SILU, [0.0, 0.0]) if s.limit is None else (lib.CLAMPED, [s.alpha, s.limit])
+        sizes = [inner, 2 * inner, gate]
+        (part,) = self._emit(Kind.GATED, both, (*chosen, inner), [both], sizes, how, mult=s.top_k)
         parts = self._experts(part, w.down, plan, s.top_k)
         args = [parts, weights, plan]
         return self._emit(Kind.SUM, parts, (tokens, hidden), args, [hidden, s.top_k, s.experts])[0]
@@ -177,7 +180,7 @@ class NativeOps(Expansions):
             raise ValueError(f"x is {tuple(x.shape)} {x.dtype}; expected rows of {k} {w.data.dtype}")
         stride = _stride(x) if each else k
         sizes = [w.depth, n, stride, n, PLAIN, int(x.dtype == torch.float32), k, experts]
-        args, shape = [x, w.data, None, plan], (x.shape[0], top_k, n)
+        args, shape = [x, w.data, w.bias, plan], (x.shape[0], top_k, n)
         return self._emit(Kind.EXPERTS, x, shape, args, sizes, [each], mult=top_k)[0]
 
     def last(self, x: Tensor, m: NativeMeta) -> Tensor:

@@ -22,9 +22,9 @@ class NativeWeight:
     """One packed parameter. `data` is, by kind:
 
     embed [V,H] in the dtype; norm [n] float32; rope [positions,D] float32; the linears bf16 [N/32][K/2][32][2] or f32
-    [N/32][K][32], zero-padded to K = `depth`; experts one of these after the other; router [E,H] float32. `bias` is
-    float32 in the order of packed columns. `gated` says that the two halves of the rows are interleaved by 16, so that
-    a gated linear is one pass."""
+    [N/32][K][32], zero-padded to K = `depth`; experts one of these after the other; router [E,H] and sinks [Hq]
+    float32. `bias` is float32 in the order of packed columns, of experts one after the other, too. `gated` says that
+    the two halves of the rows are interleaved by 16, so that a gated linear is one pass."""
 
     kind: str
     data: Tensor
@@ -88,13 +88,14 @@ def pack_linear(w: Tensor, bias: Tensor | None = None, gated: bool = False, kind
     return NativeWeight(kind, data, (n, k), depth, packed, gated)
 
 
-def pack_experts(w: Tensor) -> NativeWeight:
-    """w [E,N,K] bf16 or f32."""
+def pack_experts(w: Tensor, bias: Tensor | None = None) -> NativeWeight:
+    """w [E,N,K] bf16 or f32, bias [E,N] or None."""
     first = pack_linear(w[0])
     data = huge_empty((len(w), *first.data.shape), w.dtype)
     for held, one in zip(data, w, strict=True):
         held.copy_(pack_linear(one).data)
-    return NativeWeight("experts", data, tuple(w.shape), first.depth)
+    packed = None if bias is None else torch.stack([_columns(each.float(), False) for each in bias])
+    return NativeWeight("experts", data, tuple(w.shape), first.depth, packed)
 
 
 def pack(spec: ParamSpec, read: Reader) -> NativeWeight:
@@ -104,7 +105,7 @@ def pack(spec: ParamSpec, read: Reader) -> NativeWeight:
         gated = spec.kind == "linear" and len(spec.segments) == 2 and spec.segments[0] == spec.segments[1]
         return pack_linear(w, from_host(read("bias")) if spec.bias else None, gated, spec.kind)
     if spec.kind == "experts":
-        return pack_experts(w)
+        return pack_experts(w, from_host(read("bias")) if spec.bias else None)
     if spec.kind in ("norm", "rope", "router"):
         w = w.float()
     data = huge_empty(tuple(w.shape), w.dtype)

@@ -100,13 +100,24 @@ def _add(acc, total, top, score, unit, v, PRECISION: tl.constexpr):
     return acc * fix[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION), total, new
 
 
+@triton.jit
+def _begin(sinks, heads, inside, ROWS: tl.constexpr, SINK: tl.constexpr):
+    """Greatest scores, in units of log2, and sums of rows that have seen no key but, if there is one, their sink."""
+    if SINK:
+        top = tl.load(sinks + heads, mask=inside, other=0.0) * LOG2E
+        return top, tl.zeros((ROWS,), tl.float32) + 1.0
+    return tl.full((ROWS,), -1e30, tl.float32), tl.zeros((ROWS,), tl.float32)
+
+
 @triton.jit(do_not_specialize_on_alignment=PLAN)
 def _decode(
-    q, keys, values, out, part, lse, single, cu_q, kv_len, page_start, pages, common, scale, cap, window, q_row, HK,
-    G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    q, keys, values, sinks, out, part, lse, single, cu_q, kv_len, page_start, pages, common, scale, cap, window, q_row,
+    HK, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """A row's parts go to the first SPLITS of its SLOTS places; more places are for parts of shared keys."""
+    """A row's parts go to the first SPLITS of its SLOTS places; more places are for parts of shared keys. A sink is in
+    the first part."""
     start(EARLY)
     i, h, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     s = tl.load(single + i)
@@ -123,8 +134,9 @@ def _decode(
     query = tl.load(q + token * q_row + (h * G + g)[:, None] * D + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
     unit = _unit(scale, CAP)
-    top = tl.full((GP,), -1e30, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
+    top, total = _begin(sinks, h * G + g, g < G, GP, SINK)
+    if SINK:
+        top, total = tl.where(split == 0, top, -1e30), tl.where(split == 0, total, 0.0)
     acc = tl.zeros((GP, DP), tl.float32)
     for block in range(begin, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
@@ -173,6 +185,11 @@ def _merge(
 
 def _precision(x: torch.Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _sinks(q: torch.Tensor, a: AttnSpec) -> torch.Tensor:
+    """Any tensor if there are none."""
+    return q if a.sinks is None else a.sinks
 
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -224,10 +241,10 @@ def launch_decode(
         common, parts = shared.common, shared.parts
         _launch_prefix(q, kv, part, lse, at, shared, a, tile or prefill_plan(q))
     _decode[(count, kv_heads, splits)](
-        q, *kv, out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, common, a.scale,
+        q, *kv, _sinks(q, a), out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, common, a.scale,
         a.softcap or 0.0, a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)),
-        dim, wide, page, plan.keys, splits, slots, a.softcap is not None, _precision(q), **early(q.device),
-        num_warps=plan.warps, num_stages=plan.stages,
+        dim, wide, page, plan.keys, splits, slots, a.softcap is not None, a.sinks is not None, _precision(q),
+        **early(q.device), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if slots > 1:
         _merge[(count, heads)](
@@ -316,9 +333,10 @@ def _dense(
 
 @triton.jit(do_not_specialize_on_alignment=PLAN)
 def _prefill(
-    q, k, v, keys, values, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
+    q, k, v, keys, values, sinks, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
     G: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile's rows are TILE // PACK tokens of PACK query heads of one kv head."""
     TOKENS: tl.constexpr = TILE // PACK
@@ -336,8 +354,7 @@ def _prefill(
     token = (q0 + i).to(tl.int64)
     query = tl.load(q + (token * q_row + head * D)[:, None] + d[None, :], mask=rows, other=0.0)
     mine = pages + tl.load(page_start + s)
-    top = tl.full((TILE,), -1e30, tl.float32)
-    total = tl.zeros((TILE,), tl.float32)
+    top, total = _begin(sinks, head, i < count, TILE, SINK)
     acc = tl.zeros((TILE, DP), tl.float32)
     low = n - count + first  # the first row's position
     end = tl.minimum(low + TOKENS, n)
@@ -423,8 +440,8 @@ def launch_prefill(
     group = heads // kv_heads
     dense = [_descriptor(x, plan.keys) for x in (k, v)] if plan.dense else [None, None]
     _prefill[(heads, len(at.tiles))](
-        q, *dense, *kv, out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale, a.softcap or 0.0,
-        a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows), dim,
+        q, *dense, *kv, _sinks(q, a), out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale,
+        a.softcap or 0.0, a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows), dim,
         triton.next_power_of_2(dim), page, plan.rows, plan.keys, None not in dense, a.window is not None,
-        a.softcap is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
+        a.softcap is not None, a.sinks is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -60,6 +61,13 @@ DOWN = {
 Table = dict[torch.dtype, tuple[tuple[int, Blocks], ...]]
 
 
+class Biased(NamedTuple):
+    """Of experts: weight [E,N,K] and bias [E,N]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Router:
     """`parts` bfloat16 [parts,E,H], whose sum is the float32 weight, every bit of it: products with a bfloat16 x are
@@ -77,6 +85,12 @@ class Router:
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         return cls(torch.stack(parts), bias)
+
+
+@triton.jit
+def clamped(gate, up, alpha, limit):
+    gate = tl.minimum(gate, limit)
+    return gate / (1.0 + tl.exp(-alpha * gate)) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
 
 
 @triton.jit
@@ -136,18 +150,21 @@ def _route(
     TOP_GROUPS: tl.constexpr, GROUP_BEST: tl.constexpr, K: tl.constexpr, GP: tl.constexpr, SP: tl.constexpr,
     KP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """BIAS: 0 none, 1 of choice, 2 of logits."""
     start(EARLY)
     t = tl.program_id(0)
     g, s = tl.arange(0, GP)[:, None], tl.arange(0, SP)[None, :]
     real = (g < GROUPS) & (s < SIZE)
     z = tl.load(logits + t.to(tl.int64) * GROUPS * SIZE + g * SIZE + s, mask=real, other=-float("inf"))
+    if BIAS == 2:
+        z += tl.load(bias + g * SIZE + s, mask=real, other=0.0)
     if SOFTMAX:
         e = tl.exp(z - tl.max(tl.max(z, 1), 0))
         score = e / tl.sum(tl.sum(e, 1), 0)
     else:
         score = 1.0 / (1.0 + tl.exp(-z))
     choice = score
-    if BIAS:
+    if BIAS == 1:
         choice += tl.load(bias + g * SIZE + s, mask=real, other=0.0)
     choice = tl.where(choice > LOWEST, choice, LOWEST)  # of NaN too: an expert is chosen once, and is one of them
     choice = tl.where(real, choice, -float("inf"))
@@ -171,9 +188,9 @@ def _route(
 
 @triton.jit(do_not_specialize=["T"])
 def _experts(
-    x, w, out, lists, counts, T, E, N, K, EACH,
-    GATED: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-    EVEN: tl.constexpr, EARLY: tl.constexpr,
+    x, w, bias, out, lists, counts, T, E, N, K, EACH, alpha, limit,
+    GATED: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """x [pairs/EACH,K], w [E,N,K]. Of few rows the weight is the left operand, for the matrix units take 64 of it."""
     start(EARLY)
@@ -207,7 +224,16 @@ def _experts(
             if GATED:
                 d = tl.load(right + c) if EVEN else tl.load(right + c, mask=c < K, other=0.0)
                 up = _multiply(d, tl.trans(a), up) if FEW else _multiply(a, tl.trans(d), up)
-        if GATED:
+        if BIAS:
+            mine_bias = bias + expert.to(tl.int64) * N + tl.minimum(n, width - 1)
+            b = tl.load(mine_bias).to(tl.float32)
+            acc += b[:, None] if FEW else b[None, :]
+            if GATED:
+                d = tl.load(mine_bias + width).to(tl.float32)
+                up += d[:, None] if FEW else d[None, :]
+        if CLAMPED:
+            acc = clamped(acc, up, alpha, limit)
+        elif GATED:
             acc = silu(acc, up)
         if FEW:
             acc = tl.trans(acc)
@@ -251,22 +277,32 @@ def route(x: torch.Tensor, router: Router, s: MoeSpec) -> Routes:
     size = s.experts // s.groups
     _route[(tokens,)](
         logits, logits if router.bias is None else router.bias, weights, lists, counts, tokens, s.scale,
-        s.scoring == "softmax", router.bias is not None, s.renormalise, s.groups, size, s.top_groups, s.group_best,
-        s.top_k, *map(triton.next_power_of_2, (s.groups, size, s.top_k)), **on, num_warps=1,
+        s.scoring == "softmax", 0 if router.bias is None else 1 + (s.bias == "logits"), s.renormalise, s.groups, size,
+        s.top_groups, s.group_best, s.top_k, *map(triton.next_power_of_2, (s.groups, size, s.top_k)), **on, num_warps=1,
     )  # fmt: skip
     return Routes(weights, lists, counts)
 
 
-def product(x: torch.Tensor, w: torch.Tensor, r: Routes, gated: bool, blocks: Blocks | None = None) -> torch.Tensor:
+def product(
+    x: torch.Tensor,
+    w: torch.Tensor | Biased,
+    r: Routes,
+    gated: bool,
+    blocks: Blocks | None = None,
+    clamp: tuple[float, float] | None = None,
+) -> torch.Tensor:
     """x [pairs,K], or [T,K] for the experts of a token alike, times w [E,N,K] of each pair's expert -> [pairs,N]; if
-    gated [pairs,N/2]: silu of the first half of the sums times the second. Summed in float32 and rounded once."""
+    gated [pairs,N/2]: silu of the first half of the sums times the second, or with `clamp` (alpha, limit) the gate of a
+    MoeSpec with a limit. Summed in float32 and rounded once."""
+    w, bias = w if isinstance(w, Biased) else (w, None)
     (experts, n, k), pairs = w.shape, r.weights.numel()
     b = blocks or chosen(x, w, triton.cdiv(pairs, experts), gated)
     width = n // 2 if gated else n
     out = x.new_empty(pairs, width)
     tiles = min(pairs, pairs // b.rows + experts)
     _experts[(tiles * triton.cdiv(width, b.columns),)](
-        x, w, out, r.lists, r.counts, r.lists.shape[1], experts, n, k, pairs // len(x), gated,
+        x, w, w if bias is None else bias, out, r.lists, r.counts, r.lists.shape[1], experts, n, k, pairs // len(x),
+        *(clamp or (0.0, 0.0)), gated, clamp is not None, bias is not None,
         triton.next_power_of_2(experts), b.rows, b.columns, b.depth, k % b.depth == 0,
         **early(x.device), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
@@ -277,7 +313,9 @@ def moe(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
     """Ops.moe: x [T,H], of a Router and weights [E,2F,H] and [E,H,F]."""
     x = x.contiguous()
     routes = route(x, w.router, s)
-    return combined(product(product(x, w.gate_up, routes, True), w.down, routes, False), routes)
+    clamp = None if s.limit is None else (s.alpha, s.limit)
+    inner = product(x, w.gate_up, routes, True, clamp=clamp)
+    return combined(product(inner, w.down, routes, False), routes)
 
 
 def combined(parts: torch.Tensor, r: Routes) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
 from polyradix_torch.triton import moe, rows
@@ -122,6 +123,8 @@ def product(
 
 def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
     """Ops.moe: x [T,H], of a Router and Codes [E,2F,H] and [E,H,F]."""
+    if s.limit is not None:
+        raise Unsupported("moe_clamp", "of experts that stay quantised")
     x = x.contiguous()
     routes = moe.route(x, w.router, s)
     inner = rows.gated(product(x, w.gate_up, routes=routes), "silu")

@@ -74,8 +74,12 @@ def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: Ja
     if a.window is not None:
         seen &= at > mine - a.window
     score = jnp.where(seen, score, HIDDEN)
-    p = jnp.exp(score - score.max(axis=-1, keepdims=True))
-    total = p.sum(axis=-1).transpose(0, 3, 1, 2)[..., None]
+    top = score.max(axis=-1, keepdims=True)
+    sinks = None if a.sinks is None else a.sinks.reshape(1, heads.kv, -1, 1, 1)
+    top = top if sinks is None else jnp.maximum(top, sinks)
+    p = jnp.exp(score - top)
+    total = p.sum(axis=-1) if sinks is None else p.sum(axis=-1) + jnp.exp(sinks - top)[..., 0]
+    total = total.transpose(0, 3, 1, 2)[..., None]
     out = jnp.einsum(
         "chgqk,ckhd->cqhgd", p.astype(kv.dtype), values, precision=exact, preferred_element_type=jnp.float32
     )

@@ -35,14 +35,13 @@ class Case:
     v: Any
     kv: Any
 
-    def attend(self, attend: Any, a: AttnSpec, sinks: Any = None, **options: Any) -> Any:
+    def attend(self, attend: Any, a: AttnSpec, **options: Any) -> Any:
         """As `attend` computes it, and as it is defined."""
-        more = {} if sinks is None else {"sinks": sinks}
-        out = jax.jit(lambda *x: attend(x[0], x[1], unpack(x[2], self.shape), a, **more, **options))(
+        out = jax.jit(lambda *x: attend(x[0], x[1], unpack(x[2], self.shape), a, **options))(
             self.q, self.kv, pack(self.host, self.shape)
         )
         rows = self.host.num_tokens
-        wanted = reference.attend(np.asarray(self.q)[:rows], np.asarray(self.kv), self.host, a, sinks)
+        wanted = reference.attend(np.asarray(self.q)[:rows], np.asarray(self.kv), self.host, a)
         return np.asarray(out, np.float64)[:rows], wanted
 
     def write(self, write: Any, **options: Any) -> Any:

@@ -40,9 +40,8 @@ DECODES = [
 @pytest.mark.parametrize(("heads", "page", "dtype", "options", "sink"), DECODES)
 def test_decode(case, races, heads, page, dtype, options, sink):
     c = case([1] * 5, lengths(page), heads, page, dtype)
-    a = AttnSpec(heads, heads.dim**-0.5, **options)
     sinks = np.linspace(-1, 3, heads.q, dtype=np.float32) if sink else None
-    check(c.attend(ragged.attend, a, sinks, interpret=CHECKED), dtype)
+    check(c.attend(ragged.attend, AttnSpec(heads, heads.dim**-0.5, **options, sinks=sinks), interpret=CHECKED), dtype)
     assert not races()
 
 
@@ -57,9 +56,8 @@ MIXES = [
 @pytest.mark.parametrize(("heads", "page", "dtype", "options", "sink"), MIXES)
 def test_mix_of_decodes_and_chunks(case, races, heads, page, dtype, options, sink):
     c = case([1, 7, 16, 1, 37], [*lengths(page)[:1], page - 1, page + 16, 53, 211], heads, page, dtype)
-    a = AttnSpec(heads, heads.dim**-0.5, **options)
     sinks = np.linspace(-1, 3, heads.q, dtype=np.float32) if sink else None
-    check(c.attend(ragged.attend, a, sinks, interpret=CHECKED), dtype)
+    check(c.attend(ragged.attend, AttnSpec(heads, heads.dim**-0.5, **options, sinks=sinks), interpret=CHECKED), dtype)
     assert not races()
 
 

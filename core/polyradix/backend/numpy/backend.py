@@ -77,7 +77,7 @@ class NumpyBackend:
     def pack(self, spec: ParamSpec, read: Reader) -> Packed:
         if spec.dtype not in HOST_DTYPES:
             raise Unsupported(spec.dtype, f"parameter {spec.name}; expected one of {sorted(HOST_DTYPES)}")
-        bias = self._host(spec, read("bias"), spec.shape[:1]) if spec.bias else None
+        bias = self._host(spec, read("bias"), spec.shape[:-1] or spec.shape) if spec.bias else None
         value = read() if spec.quant is None else dequantise(spec.quant, read)
         return Packed(spec, self._host(spec, value, spec.shape), bias)
 

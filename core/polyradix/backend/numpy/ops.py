@@ -149,10 +149,11 @@ class NumpyOps(Expansions):
     def moe(self, x: Arr, w: MoeWeights, s: MoeSpec) -> Arr:
         ids, weights = self._route(x, w.router, s)
         total = np.zeros(x.shape, self._wide)
-        for e, (gate_up, down) in enumerate(zip(w.gate_up.value, w.down.value, strict=True), w.down.first):
-            rows, place = np.nonzero(ids == e)
-            inner = self.gated(self.linear(x[rows], replace(w.gate_up, value=gate_up)), "silu")
-            total[rows] += weights[rows, place, None] * self._product(inner, replace(w.down, value=down))
+        for i in range(len(w.down.value)):
+            gate_up, down = _one(w.gate_up, i), _one(w.down, i)
+            rows, place = np.nonzero(ids == w.down.first + i)
+            inner = self._gate(self.linear(x[rows], gate_up), s)
+            total[rows] += weights[rows, place, None] * _biased(self._product(inner, down), down)
         whole = total if w.down.spec.shard_axis is None else self._collectives.all_reduce(total)
         return _rounded(whole, x)
 
@@ -166,12 +167,21 @@ class NumpyOps(Expansions):
 
     def _route(self, x: Arr, router: Packed, s: MoeSpec) -> tuple[Arr, Arr]:
         """Ids of the chosen experts [T,top_k], and their weights."""
-        score = scores(self._product(x, router), s)
-        ids = chosen(_biased(score, router), s)
+        logits = self._product(x, router)
+        score = scores(_biased(logits, router) if s.bias == "logits" else logits, s)
+        ids = chosen(_biased(score, router) if s.bias == "choice" else score, s)
         weights = np.take_along_axis(score, ids, axis=1)
         if s.renormalise:
             weights = weights / (weights.sum(axis=1, keepdims=True) + self._wide.type(1e-20))
         return ids, weights * self._wide.type(s.scale)
+
+    def _gate(self, x: Arr, s: MoeSpec) -> Arr:
+        if s.limit is None:
+            return self.gated(x, "silu")
+        gate, up = np.split(x.astype(self._wide), 2, axis=-1)
+        gate, up = np.minimum(gate, s.limit), np.clip(up, -s.limit, s.limit)
+        with np.errstate(over="ignore"):
+            return _rounded(gate / (1 + np.exp(-s.alpha * gate)) * (up + 1), x)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""
@@ -196,8 +206,16 @@ class NumpyOps(Expansions):
         group = q.astype(self._wide).reshape(a.heads.kv, -1, a.heads.dim)  # [Hk,G,D]: query head h reads kv head h // G
         score = (group @ k.transpose(0, 2, 1)) * self._wide.type(a.scale)  # [Hk,G,L]
         score = self._capped(score, a.softcap)
-        p = np.exp(score - score.max(axis=-1, keepdims=True))
-        out: Arr = (p / p.sum(axis=-1, keepdims=True)) @ v
+        top = score.max(axis=-1, keepdims=True)
+        if a.sinks is None:
+            p = np.exp(score - top)
+            total = p.sum(axis=-1, keepdims=True)
+        else:
+            sinks = a.sinks.value.reshape(a.heads.kv, -1, 1)
+            top = np.maximum(top, sinks)
+            p = np.exp(score - top)
+            total = p.sum(axis=-1, keepdims=True) + np.exp(sinks - top)
+        out: Arr = (p / total) @ v
         return out.reshape(a.heads.q, a.heads.dim)
 
     def _attend_rows(
@@ -251,6 +269,11 @@ class NumpyOps(Expansions):
         mean = (p / p.sum(axis=-1, keepdims=True)) @ np.ascontiguousarray(seen[:, : a.rank])
         out: Arr = (up[:, a.nope :] @ mean[..., None])[..., 0]
         return out
+
+
+def _one(w: Packed, expert: int) -> Packed:
+    """Of `experts`, as a linear's."""
+    return replace(w, value=w.value[expert], bias=None if w.bias is None else w.bias[expert])
 
 
 def _biased(product: Arr, w: Packed) -> Arr:

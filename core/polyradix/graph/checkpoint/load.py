@@ -113,7 +113,7 @@ class _Read:
             raise CheckpointError(
                 f"{self.checkpoint.source}: no tensor {self.pieces[0][0]}.bias; the config promises it"
             )
-        return self._joined("bias", ())
+        return self._joined("bias", ()).reshape(self.spec.shape[:-1] or self.spec.shape)
 
     def _joined(self, part: str, tail: tuple[int, ...]) -> HostArray:
         out = np.empty((sum(rows for _, rows in self.pieces), *tail), HOST_DTYPES[self.spec.dtype])

@@ -11,7 +11,10 @@ from polyradix.graph.checkpoint.base import Checkpoint
 
 log = logging.getLogger(__name__)
 
-_SELECTION_BIAS = re.compile(r"mlp\.gate\.e_score_correction_bias$")  # a buffer there; here the bias of a router
+_BARE = {  # tensors without `.weight` or `.bias`: a buffer that is a router's bias here, and sinks
+    "mlp.gate.e_score_correction_bias": "mlp.gate.bias",
+    "self_attn.sinks": "self_attn.sinks.weight",
+}
 
 
 def renamed(checkpoint: Checkpoint) -> Checkpoint:
@@ -36,4 +39,5 @@ def _name(checkpoint: Checkpoint, name: str) -> str | None:
     match = re.match(r"model\.layers\.(\d+)\.", name)
     if match and isinstance(drafts, int) and isinstance(layers, int) and 0 <= int(match[1]) - layers < drafts:
         return None
-    return _SELECTION_BIAS.sub("mlp.gate.bias", name)
+    known = next((old for old in _BARE if name.endswith(old)), None)
+    return name if known is None else name.removesuffix(known) + _BARE[known]

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from polyradix.backend.protocol import HostArray
-from polyradix.graph import moe
+from polyradix.graph import gpt_oss, moe
+from polyradix.graph.checkpoint import gpt_oss as checkpoints
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.spec import ModelSpec
 
@@ -23,9 +24,11 @@ class _View(NamedTuple):
 
 def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` itself unless it has stacked experts. Raises ModelError for a config that is wrong."""
-    if not any(name.endswith(moe.STACKED) for name in checkpoint.names):
+    if not any(part in name for name in checkpoint.names for part in moe.STACKED):
         return checkpoint
     spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
+    if spec.architecture == gpt_oss.ARCHITECTURE:
+        return checkpoints.unstacked(checkpoint, spec)
     views = {name: v for name, v in _views(spec).items() if v.tensor in checkpoint.names}
     used = {v.tensor for v in views.values()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,16 +27,15 @@ def attend(
     kv: jax.Array,
     m: JaxMeta,
     a: AttnSpec,
-    sinks: jax.Array | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """q [T,Hq,D] over kv [pages, page, 2*Hk, C] -> [T,Hq,D], with C at least D and zeros from D on. `sinks` f32[Hq]:
-    per query head, the score of one key more, whose value is zero. Raises ValueError for what `problems` names."""
+    """q [T,Hq,D] over kv [pages, page, 2*Hk, C] -> [T,Hq,D], with C at least D and zeros from D on. `a.sinks` is an
+    array f32[Hq]. Raises ValueError for what `problems` names."""
     found = problems(q, kv, m.shape, a, interpret=bool(interpret))
     if found:
         raise ValueError("; ".join(found))
     wide = jnp.pad(q, ((0, 0), (0, 0), (0, kv.shape[3] - q.shape[2])))
-    out = _attend(wide, kv, m, a, sinks, interpret)
+    out = _attend(wide, kv, m, a, a.sinks, interpret)
     return out[:, :, : q.shape[2]]
 
 
@@ -134,4 +134,4 @@ def samples() -> Iterator[tuple[str, Any, tuple[Any, ...], tuple[int, ...]]]:
 def _sample(
     shape: Shape, a: AttnSpec, q: jax.Array, kv: jax.Array, vector: jax.Array, sinks: jax.Array | None = None
 ) -> jax.Array:
-    return attend(q, kv, unpack(vector, shape), a, sinks)
+    return attend(q, kv, unpack(vector, shape), replace(a, sinks=sinks))

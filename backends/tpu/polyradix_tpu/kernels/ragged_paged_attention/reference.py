@@ -13,8 +13,8 @@ from polyradix.backend.protocol import AttnSpec
 F64: TypeAlias = NDArray[np.float64]
 
 
-def attend(q: NDArray[Any], kv: NDArray[Any], b: HostBatch, a: AttnSpec, sinks: NDArray[Any] | None = None) -> F64:
-    """q [T,Hq,D] over kv [pages, page, 2*Hk, C], C >= D -> [T,Hq,D]. `sinks` [Hq] are scores without a value."""
+def attend(q: NDArray[Any], kv: NDArray[Any], b: HostBatch, a: AttnSpec) -> F64:
+    """q [T,Hq,D] over kv [pages, page, 2*Hk, C], C >= D -> [T,Hq,D]; `a.sinks` is an array [Hq]."""
     out = np.zeros(q.shape)
     page = kv.shape[1]
     for s in range(b.num_seqs):
@@ -25,9 +25,8 @@ def attend(q: NDArray[Any], kv: NDArray[Any], b: HostBatch, a: AttnSpec, sinks: 
             start = 0 if a.window is None else max(0, position + 1 - a.window)
             for h in range(a.heads.q):
                 seen = rows[start : position + 1, h // (a.heads.q // a.heads.kv)]
-                out[t, h] = _row(
-                    q[t, h].astype(np.float64), seen[:, 0], seen[:, 1], a, None if sinks is None else sinks[h]
-                )
+                sink = None if a.sinks is None else a.sinks[h]
+                out[t, h] = _row(q[t, h].astype(np.float64), seen[:, 0], seen[:, 1], a, sink)
     return out
 
 
