@@ -1,6 +1,6 @@
 """Every call fits every supported AITER: recorded signatures, and the sources of the wheel that PyPI has.
 
-POLYRADIX_AMD_AITER is that wheel, amd_aiter-0.1.7.post2.dev18; `make tests-rocm` downloads it. It is read, never run.
+POLYRADIX_AMD_AITER is that wheel, amd_aiter-0.1.7.post2.dev18; `make tests-rocm` downloads it. It is never installed.
 """
 
 from __future__ import annotations
