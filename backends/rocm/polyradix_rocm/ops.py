@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Weight
-from polyradix_rocm.aiter.calls import GROUPS, MLA_WIDTH, Aiter
+from polyradix_rocm.aiter.calls import GROUPS, MLA_HEADS, MLA_WIDTH, Aiter
 from polyradix_rocm.plan import Part, Plan, planned
 from polyradix_torch.moe import route
 from polyradix_torch.ops import Linear, TorchOps
 from polyradix_torch.triton import rows
 from polyradix_torch.triton.ops import TritonOps
 
+log = logging.getLogger(__name__)
 BF16 = torch.bfloat16
 LOWEST = -3.0e38  # a logit in place of NaN: which experts AITER would choose then, nobody knows
 
@@ -39,6 +42,17 @@ class Experts:
         if not self.ready:
             self.weight, self.plain, self.ready = aiter.shuffled(self.weight), None, True
         return self.weight
+
+
+@cache
+def served(aiter: Aiter, heads: int) -> bool:
+    """Whether AITER has a kernel for latent attention of so many heads. Says it once if not."""
+    if aiter.mla_heads(heads) is not None:
+        return True
+    p, known = aiter.provider, sorted(v for v in MLA_HEADS if heads in MLA_HEADS[v][aiter.provider.arch])
+    hint = f"; AITER {', '.join(known)} has one" if known else ""
+    log.warning("AITER %s has no kernel for MLA of %d heads on %s: Triton's is used%s", p.version, heads, p.arch, hint)
+    return False
 
 
 if TYPE_CHECKING:
@@ -107,7 +121,7 @@ class AiterVerbs(Beneath):
         return a.heads.dim in dims and self.aiter.has("mha_batch_prefill_func")
 
     def attend_latent(self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: Any, w: LatentWeights, a: LatentSpec) -> Any:
-        if q.dtype != BF16 or (a.rank, a.rope) != MLA_WIDTH or self.aiter.mla_heads(a.heads) is None or not self._mla:
+        if q.dtype != BF16 or (a.rank, a.rope) != MLA_WIDTH or not self._mla or not served(self.aiter, a.heads):
             return super().attend_latent(q, c, kv, m, LatentWeights(w.norm, self._up(w.up), w.table), a)
         (cache,) = kv
         nope, turned = q.view(len(q), a.heads, -1).split([a.nope, a.rope], dim=-1)
@@ -206,8 +220,8 @@ class TorchAiterOps(AiterVerbs, TorchOps):  # type: ignore[misc]  # beneath are 
         return super().logits(x.float(), Linear(w.weight.float(), None), softcap)
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any) -> None:
-        for cache, new in zip(kv, (k, v), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, m.slots, new)
+        for part, new in zip(kv, (k, v), strict=True):
+            part.view(-1, *part.shape[2:]).index_copy_(0, m.slots, new)
 
     def _up(self, up: torch.Tensor) -> torch.Tensor:
         return up.float()

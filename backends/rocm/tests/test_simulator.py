@@ -13,6 +13,7 @@ import torch
 from calls import Calls, Recorder
 
 from polyradix_rocm.aiter.calls import CALLS, PATHS, Aiter
+from polyradix_rocm.ops import served
 from polyradix_rocm.simulator import Refused, Simulator
 
 Change = Callable[[dict[str, Any]], Any]
@@ -132,6 +133,15 @@ def test_heads_are_padded_to_what_a_kernel_serves(version: str, arch: str, serve
     for heads in set(range(1, 200)) - set(served):
         with pytest.raises(Refused):
             simulator._check_heads(heads)
+
+
+def test_heads_that_no_kernel_serves_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    aiter = Aiter(Simulator("gfx950", "0.1.20"))
+    assert [served(aiter, heads) for heads in (12, 128, 128, 129)] == [True, False, False, False]
+    assert [record.getMessage() for record in caplog.records] == [
+        "AITER 0.1.20 has no kernel for MLA of 128 heads on gfx950: Triton's is used; AITER 0.1.10 has one",
+        "AITER 0.1.20 has no kernel for MLA of 129 heads on gfx950: Triton's is used",
+    ]
 
 
 def test_what_is_not_written_is_nan() -> None:

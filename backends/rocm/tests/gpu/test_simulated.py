@@ -5,13 +5,10 @@ Whole models, tiny and of published shapes, decode what the CUDA backend decodes
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from whole import MODELS, REAL, TOKENS, answers, core, follow, prompts
 
 from polyradix.backend.registry import open_backend
