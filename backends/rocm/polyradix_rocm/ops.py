@@ -193,7 +193,8 @@ class AiterVerbs(Beneath):
     def _plan(self, m: Any, page: int) -> Plan:
         if hasattr(m, "plan"):
             return m.plan  # type: ignore[no-any-return]
-        capturing = torch.cuda.is_current_stream_capturing()  # a plan made before would not be made again by a replay
+        # A plan made before a capture would not be made again by a replay.
+        capturing = m.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._planned is None or self._planned[0] is not m or self._planned[1] != capturing:
             self._planned = m, capturing, planned(m.paged, page, self.most)
         return self._planned[2]
