@@ -76,7 +76,7 @@ def compile_all(name: str, chip: Chip, todo: Iterator[Launch], seconds: float) -
     for launch, call in todo:
         print(f"{name} {launch}", file=sys.stderr, flush=True)
         call()
-        for kernel_name, kernel, took in (made[key] for key in made.keys() - seen):
+        for kernel_name, kernel, took in (made[key] for key in made if key not in seen):
             figures, objections = chip.judge(kernel)
             taken = kernel.metadata.shared
             if taken > chip.shared:

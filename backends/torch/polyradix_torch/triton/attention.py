@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import AttnSpec
+from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -183,8 +184,9 @@ def _merge(
     tl.store(out + (token * heads + h) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
-def _precision(x: torch.Tensor) -> str:
-    return "ieee" if x.dtype == torch.float32 else "tf32"
+def _precision(x: torch.Tensor) -> str | None:
+    """Of products of x; that of narrow floats is nowhere in doubt, and not every chip knows "tf32"."""
+    return "ieee" if x.dtype == torch.float32 else None
 
 
 def _sinks(q: torch.Tensor, a: AttnSpec) -> torch.Tensor:
@@ -220,8 +222,12 @@ class Plan:
 
 def decode_plan(q: torch.Tensor, splits: int) -> Plan:
     if int(triton.next_power_of_2(q.shape[2])) * q.element_size() > 256:
-        return Plan(64 // q.element_size(), 4)
-    return Plan(32, 2) if splits == 1 else Plan(64, 4)
+        return _cut("decode", q, Plan(64 // q.element_size(), 4))
+    return _cut("decode", q, Plan(32, 2) if splits == 1 else Plan(64, 4))
+
+
+def _cut(kernel: str, q: torch.Tensor, plan: Plan) -> Plan:
+    return cut(q.device, kernel, f"{q.element_size()} x {_padded(q.shape[2])}", plan)
 
 
 def launch_decode(
@@ -420,7 +426,7 @@ def tile_rows(dim: int, bytes_each: int) -> int:
 def prefill_plan(q: torch.Tensor) -> Plan:
     rows, warps, *keys = PREFILL[q.element_size(), _padded(q.shape[2])]
     much = _shared(q.device) >= MUCH
-    return Plan(keys[much], warps, rows=rows, dense=much and q.element_size() == 2)
+    return _cut("prefill", q, Plan(keys[much], warps, rows=rows, dense=much and q.element_size() == 2))
 
 
 def _descriptor(x: torch.Tensor, block: int) -> TensorDescriptor | None:

@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import LatentSpec, LatentWeights
 from polyradix_torch.triton.attention import LOG2E, MUCH, Paged, Plan, _add, _precision, _shared
+from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
 from polyradix_torch.triton.rows import turn
 
@@ -335,7 +336,7 @@ def _launch_absorbed(
     _, heads, splits, rank = part.shape
     size = absorbed.element_size()
     columns = max(16, min(COLUMNS[size], tokens * triton.next_power_of_2(heads)))
-    together, plan = columns // tokens, DECODE[size, columns]
+    together, plan = columns // tokens, cut(absorbed.device, "absorbed", f"{size} x {columns}", DECODE[size, columns])
     _absorbed[(len(items), triton.cdiv(heads, together), splits)](
         absorbed, turned, cache, part, lse, items, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale, a.attn_scale,
         a.floor_scale, heads, splits, tokens, together, rank, _padded(rank), a.rope, _padded(a.rope), cache.shape[1],

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights
+from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
 from polyradix_torch.triton.rows import silu
 from polyradix_torch.triton.skinny import TUNED, name_of
@@ -269,7 +270,7 @@ def route(x: torch.Tensor, router: Router, s: MoeSpec) -> Routes:
     lists = torch.empty(s.experts, tokens, dtype=torch.int32, device=device)
     logits = torch.empty(tokens, s.experts, dtype=torch.float32, device=device)
     weights = torch.empty(tokens, s.top_k, dtype=torch.float32, device=device)
-    b = _blocks(ROUTER, x.dtype, tokens)
+    b = _cut("router", x, _blocks(ROUTER, x.dtype, tokens))
     _logits[(triton.cdiv(tokens, b.rows), triton.cdiv(s.experts, b.columns))](
         x, router.parts, logits, counts, tokens, s.experts, width, len(router.parts), b.rows, b.columns, b.depth,
         **on, num_warps=b.warps, num_stages=b.stages,
@@ -334,13 +335,22 @@ def key_of(rows: int, n: int, k: int, gated: bool) -> str:
 
 
 def chosen(x: torch.Tensor, w: torch.Tensor, rows: int, gated: bool) -> Blocks:
-    """The blocks that were fastest on this GPU; of a shape that was not tried there, those of the tables."""
+    """The blocks that were fastest on this GPU; of a shape that was not tried there, its architecture's."""
     found = _tuned(x.device).get(key_of(rows, w.shape[1], w.shape[2], gated)) if x.dtype == torch.bfloat16 else None
-    return found or usual(x.dtype, rows, gated)
+    return found or planned(x, rows, gated)
+
+
+def planned(x: torch.Tensor, rows: int, gated: bool) -> Blocks:
+    """Those of the tables, but for what the architecture needs otherwise."""
+    return _cut("gate_up" if gated else "down", x, usual(x.dtype, rows, gated))
 
 
 def usual(dtype: torch.dtype, rows: int, gated: bool) -> Blocks:
     return _blocks(GATE_UP if gated else DOWN, dtype, rows)
+
+
+def _cut(kernel: str, x: torch.Tensor, blocks: Blocks) -> Blocks:
+    return cut(x.device, kernel, f"{x.element_size()} x {blocks.rows}", blocks)
 
 
 @cache

@@ -106,7 +106,7 @@ def product(
     [T,K] for the experts of a token alike, times w [E,N,K] of each pair's expert -> [pairs,N]."""
     x, (n, k) = x.contiguous(), (w.codes.shape[-2], x.shape[1])
     pairs, experts = (len(x), 1) if routes is None else (routes.weights.numel(), len(w.codes))
-    b = moe._blocks(moe.DOWN, x, triton.cdiv(pairs, experts))
+    b = moe.planned(x, triton.cdiv(pairs, experts), gated=False)
     depth = min(b.depth, _depth(w.quant, k))
     tiles = triton.cdiv(pairs, b.rows) if routes is None else min(pairs, pairs // b.rows + experts)
     codes = w.codes if _has_eight(x.device) else w.codes.view(torch.uint8)

@@ -1,4 +1,4 @@
-"""One kernel for every gate of ahead-of-time compilation, which must not let it through."""
+"""Kernels for every gate of ahead-of-time compilation, which must not let them through."""
 
 from __future__ import annotations
 
@@ -31,11 +31,37 @@ def _empty(dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def spills() -> Iterator[Launch]:
-    """256 values a thread."""
+    """256 values a thread of 64."""
     yield "spills", lambda: _softmax[(1,)](_empty(), _empty(), 128, num_warps=2)
+
+
+def spills_waves() -> Iterator[Launch]:
+    """128 values a lane, of which eight waves leave it 64."""
+    yield "spills", lambda: _softmax[(1,)](_empty(), _empty(), 128, num_warps=2, waves_per_eu=8)
 
 
 def too_large() -> Iterator[Launch]:
     """Two operands of 64 KiB."""
-    half = torch.bfloat16
-    yield "too large", lambda: _product[(1,)](_empty(half), _empty(half), _empty(), 64, 512, 512, num_warps=4)
+    yield "too large", lambda: _multiply(torch.bfloat16, 64, 512, 512, num_warps=4)
+
+
+def larger() -> Iterator[Launch]:
+    """Two operands of 128 KiB."""
+    yield "larger", lambda: _multiply(torch.bfloat16, 64, 1024, 1024, num_warps=8)
+
+
+def by_lanes() -> Iterator[Launch]:
+    """A product too small for matrix units."""
+    yield "by lanes", lambda: _multiply(torch.bfloat16, 4, 4, 4)
+
+
+def ocp() -> Iterator[Launch]:
+    yield "e4m3fn", lambda: _multiply(torch.float8_e4m3fn, 64, 64, 64)
+
+
+def fnuz() -> Iterator[Launch]:
+    yield "e4m3fnuz", lambda: _multiply(torch.float8_e4m3fnuz, 64, 64, 64)
+
+
+def _multiply(dtype: torch.dtype, *shape: int, num_warps: int = 4) -> None:
+    _product[(1,)](_empty(dtype), _empty(dtype), _empty(), *shape, num_warps=num_warps)
