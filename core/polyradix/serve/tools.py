@@ -17,7 +17,7 @@ from polyradix.serve.openai import ChatRequest, Tool
 from polyradix.serve.parsers import reasoning_format, tool_format
 from polyradix.serve.parsers.base import Parser
 from polyradix.serve.parsers.feed import Feed, Script, Text
-from polyradix.serve.parsers.grammar import calls, frame
+from polyradix.serve.parsers.grammar import calls, frame, offered
 from polyradix.serve.parsers.harmony import Harmony
 from polyradix.serve.parsers.thinking import begins_inside, think
 
@@ -125,17 +125,20 @@ class Talk:
 
     def _grammar(self, asked: GrammarSpec | None, inside: bool | None) -> GrammarSpec | None:
         formats, must = self._formats, self._mode == "required"
-        if asked is None and not must:
+        held = formats.tools is not None and formats.tools.shape.trigger and any(t.function.strict for t in self._tools)
+        if asked is None and not must and not held:
             return None
         rules = ""
         if self._tools and formats.tools is not None:
             chosen = [t.function for t in self._tools if self._named in (None, t.function.name)]
             pairs = [(f.name, f.parameters) for f in chosen]
+            write = calls if must or asked is not None else offered
             try:
-                rules = calls(formats.tools, pairs, self._parallel, formats.special)
+                rules = write(formats.tools, pairs, self._parallel, formats.special)
             except GrammarError as error:
                 raise ApiError(400, f"tools cannot be used: {error}", "tools") from None
-        lark = frame(formats.reasoning, inside, rules, body=not must, special=formats.special)
+        body = asked is not None and not must
+        lark = frame(formats.reasoning, inside, rules, body=body, special=formats.special)
         if must or asked is None:
             return GrammarSpec(kind="lark", source=lark, field="tools")
         return msgspec.structs.replace(asked, frame=lark)

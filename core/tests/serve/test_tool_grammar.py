@@ -158,6 +158,32 @@ def test_named_and_not_parallel(parser: str, template: str, marks: tuple[str, ..
         assert len(outcome(words, choice, "", random.Random(seed))[2]) == 1
 
 
+STRICT = [{"type": "function", "function": TOOLS[0]["function"] | {"strict": True}}, TOOLS[1]]
+
+
+@pytest.mark.parametrize(("parser", "template", "marks"), FORMATS)
+def test_a_strict_call_is_held_to_its_schema_once_it_has_begun(
+    parser: str, template: str, marks: tuple[str, ...]
+) -> None:
+    words = Words(template, marks)
+    assert talk(words, parser, "none", tools=TOOLS).params.grammar is None
+    form = Formats(words, parser, "none").tools
+    assert form is not None
+    trigger = form.shape.trigger
+    if parser in ("llama3", "gpt-oss"):
+        assert not trigger
+        assert talk(words, parser, "none", tools=STRICT).params.grammar is None
+        return
+    for seed in range(4):
+        choice = talk(words, parser, "none", tools=STRICT, parallel_tool_calls=seed < 3)
+        text, _, calls = outcome(words, choice, f"Hi <too.{trigger}", random.Random(seed))
+        assert text.startswith("Hi <too.")
+        assert calls
+        for name, arguments in calls:
+            jsonschema.validate(arguments, SCHEMA if name == "weather" else EMPTY)
+        assert outcome(words, talk(words, parser, "none", tools=STRICT), "Hi", random.Random(seed))[0].startswith("Hi")
+
+
 REASONING: list[tuple[str, tuple[str, ...], str, str, str]] = [
     ("qwen3", (), "", "<think>\nSo {</think>\n\n", "So {"),
     ("qwen3", (), "", "", ""),

@@ -20,7 +20,8 @@ ANYTHING: dict[str, Any] = {"type": "object"}
 @dataclass(frozen=True)
 class Shape:
     """How calls are written when a grammar makes them: `opening`, calls with `between` them, `closing`. A call is
-    `before` with the function's name for NAME, its arguments, and `after`. With `single` a turn has one call."""
+    `before` with the function's name for NAME, its arguments, and `after`. With `single` a turn has one call.
+    `trigger` is what they begin with where text may come before, "" where none may."""
 
     before: str
     after: str
@@ -28,6 +29,7 @@ class Shape:
     opening: str = ""
     closing: str = ""
     single: bool = False
+    trigger: str = ""
 
 
 class Format(ABC):

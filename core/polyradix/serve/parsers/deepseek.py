@@ -26,9 +26,9 @@ class DeepSeek(Format):
 
     def __init__(self, fenced: bool) -> None:
         """`fenced`: as V3 and R1."""
-        self.shape = Shape(f"{BEGIN}NAME{SEP}", END, opening=ALL, closing=END_ALL)
+        self.shape = Shape(f"{BEGIN}NAME{SEP}", END, opening=ALL, closing=END_ALL, trigger=ALL)
         if fenced:
-            self.shape = Shape(f"{BEGIN}function{SEP}NAME{FENCE}", f"{END_FENCE}{END}", "\n", ALL, END_ALL)
+            self.shape = Shape(f"{BEGIN}function{SEP}NAME{FENCE}", f"{END_FENCE}{END}", "\n", ALL, END_ALL, trigger=ALL)
 
     def adapt(self, message: dict[str, Any]) -> dict[str, Any]:
         """The template joins text to the arguments, and looks for calls where the content is none."""

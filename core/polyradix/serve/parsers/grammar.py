@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from polyradix.serve.parsers import thinking
-from polyradix.serve.parsers.base import Format, Schema
+from polyradix.serve.parsers.base import Format, Schema, Shape
 from polyradix.serve.parsers.harmony import CHANNEL, ENDS, MESSAGE, START, Harmony
 
 Special = Callable[[str], int | None]  # the id of a text that is one special token
@@ -15,13 +16,34 @@ Special = Callable[[str], int | None]  # the id of a text that is one special to
 
 def calls(form: Format, tools: Sequence[tuple[str, Schema]], parallel: bool, special: Special) -> str:
     """A rule `calls`: at least one call of tools (name, schema of its arguments), in the model's format."""
-    shape = form.shape
+    return _calls("calls", form, form.shape, tools, parallel, special)
+
+
+def offered(form: Format, tools: Sequence[tuple[str, Schema]], parallel: bool, special: Special) -> str:
+    """A rule `calls`: text, in which what begins as a call of tools goes on as one. The format has a trigger."""
+    shape, trigger = form.shape, form.shape.trigger
+    if shape.opening:
+        shape = replace(shape, opening=shape.opening.removeprefix(trigger))
+    else:
+        shape = replace(shape, before=shape.before.removeprefix(trigger), single=True)
+    mark = _literal(trigger, form.marks, special)
+    rules = ["TEXT: /(.|\\n)*/", "text: TEXT", "calls: " + ("inside* text" if parallel else "text | inside")]
+    if special(trigger) is None:
+        rules += ["inside: begin group", f"begin[lazy]: TEXT {mark}"]
+    else:
+        rules.append(f"inside: TEXT {mark} group")
+    return "\n".join([*rules, _calls("group", form, shape, tools, parallel, special)])
+
+
+def _calls(
+    rule: str, form: Format, shape: Shape, tools: Sequence[tuple[str, Schema]], parallel: bool, special: Special
+) -> str:
 
     def lark(text: str) -> str:
         return _literal(text, form.marks, special)
 
     more = f" ({lark(shape.between)} call)*" if parallel and not shape.single else ""
-    rules = [f"calls: {lark(shape.opening)} call{more} {lark(shape.closing)}"]
+    rules = [f"{rule}: {lark(shape.opening)} call{more} {lark(shape.closing)}"]
     rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(tools))))
     for i, (name, schema) in enumerate(tools):
         quoted = json.dumps(name) if '"name": NAME' in shape.before else name

@@ -15,7 +15,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 class Hermes(Format):
     marks = (BEGIN, END)
-    shape = Shape(f'{BEGIN}\n{{"name": NAME, "arguments": ', f"}}\n{END}", between="\n")
+    shape = Shape(f'{BEGIN}\n{{"name": NAME, "arguments": ', f"}}\n{END}", between="\n", trigger=BEGIN)
 
     def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         while (yield from feed.until(BEGIN, to=Text, trim=True)):

@@ -19,8 +19,8 @@ class Mistral(Format):
 
     def __init__(self, named: bool) -> None:
         """`named`: the newer form, in which the name comes before the arguments."""
-        old = Shape('{"name": NAME, "arguments": ', "}", between=", ", opening=f"{BEGIN}[", closing="]")
-        self.shape = Shape(f"{BEGIN}NAME{ARGS}", "") if named else old
+        old = Shape('{"name": NAME, "arguments": ', "}", between=", ", opening=f"{BEGIN}[", closing="]", trigger=BEGIN)
+        self.shape = Shape(f"{BEGIN}NAME{ARGS}", "", trigger=BEGIN) if named else old
 
     def new_id(self) -> str:
         return short_id()

@@ -26,7 +26,7 @@ PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 class QwenCoder(Format):
     marks = (BEGIN, END)
-    shape = Shape(f"{BEGIN}\n{FUNCTION}NAME>\n", f"{END_FUNCTION}\n{END}", between="\n")
+    shape = Shape(f"{BEGIN}\n{FUNCTION}NAME>\n", f"{END_FUNCTION}\n{END}", between="\n", trigger=BEGIN)
 
     def parse(self, feed: Feed, tools: Mapping[str, Schema]) -> Script:
         while mark := (yield from feed.until(BEGIN, FUNCTION, to=Text, trim=True)):
