@@ -63,12 +63,10 @@ tests: .venv/tested
 	  --ignore=backends/torch/tests/triton $(if $(BROWSER),,--ignore=conformance/tests/test_matrix_browser.py)
 	POLYRADIX_CPU_KERNELS=torch $(call pytest,$(BIN)) backends/cpu/tests --ignore-glob='*/test_native*' \
 	  --ignore=backends/cpu/tests/test_engine.py
-	for kernels in native torch; do for profile in dense moe quant; do \
+	for kernels in native torch; do for profile in dense moe mla quant; do \
 	  $(BIN)/conform run --backend cpu --option kernels=$$kernels --profile $$profile -o .venv/cpu-$$kernels-$$profile.json; \
 	  done; done
-	for profile in mla sparse; do \
-	  $(BIN)/conform run --backend cpu --option kernels=torch --profile $$profile -o .venv/cpu-torch-$$profile.json; \
-	done
+	$(BIN)/conform run --backend cpu --option kernels=torch --profile sparse -o .venv/cpu-torch-sparse.json
 	for profile in dense mesh moe mla quant sparse; do $(BIN)/conform run --backend numpy --profile $$profile -o .venv/numpy-$$profile.json; done
 	$(BIN)/conform verify .venv/*-*.json
 	$(BIN)/conform matrix .venv/*-*.json -o .venv

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "latent.h"
 #include "moe.h"
 #include "sample.h"
 #include "small.h"
@@ -24,6 +25,8 @@ template <class T> static void execute(const Op& o, const Context& c) {
         case ROUTE: return route<T>(o, c);
         case EXPERTS: return experts<T>(o, c);
         case SUM: return sum_pairs<T>(o, c);
+        case LATENT: return latent<T>(o, c);
+        case HEADS: return heads<T>(o, c);
         case CAP: return cap(o, c);
     }
 }

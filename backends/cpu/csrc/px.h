@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP };
+enum Kind : int32_t { EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP, LATENT, HEADS };
 enum Flag : int32_t { F32 = 1, SEQS = 2 };
 enum LinearMode : int64_t { PLAIN, SPLIT_GATE, FUSED_SILU, FUSED_GELU };  // all but the first: gate and up interleaved by 16 columns
 enum RouteFlag : int64_t { SOFTMAX = 1, RENORMALISE = 2, BIASED_LOGITS = 4 };
@@ -28,6 +28,9 @@ enum Gate : int64_t { SILU, GELU, CLAMPED };
 // EXPERTS   x, w and bias [E] as of LINEAR, plan, out [P,N]   the first seven of LINEAR, E        pairs to a row of x, 0 if sorted
 // CAP       x f32 [rows,V], out f32                V                                                softcap
 // SUM       parts [P,H], weights, plan, out [T,H]  H, K, E
+// LATENT    q, c, norm f32 [R], table f32 [pos,rope], absorbed [T,H,R+rope], out [T,R+rope]   H, nope, rope, R, q stride,
+//                                                  c stride, floor_scale                            eps, attn_scale
+// HEADS     x, w [H] as of LINEAR, null, out       the first seven of LINEAR, H
 //
 // The plan of ROUTE: csrc/moe.h. w of LINEAR: bf16 [N/32][K/2][32][2], f32 [N/32][K][32], both zero-padded. kv: [pages][Hk][2][page*D], where k is
 // bf16 [D/2][page][2] or f32 [D][page], and v is bf16 [page/2][D][2] or f32 [page][D].

@@ -145,7 +145,7 @@ def test_unsupported_shapes_are_refused(ops: NativeOps) -> None:
         with pytest.raises(Unsupported):
             alloc_kv(KVSpec(1, heads, dim, page, "float32"), 2)
     case = Case([3], Heads(2, 2, 32), 16, F32)
-    wrong = LayerKV(case.kv.data.to(BF16), 16, 32)
+    wrong = LayerKV(case.kv.data.to(BF16), 16, 32, 2)
     case.kv = wrong
     with pytest.raises(Unsupported, match="attend"):
         case.run(ops, AttnSpec(Heads(2, 2, 32), 0.2), [(0, 0, 3)])

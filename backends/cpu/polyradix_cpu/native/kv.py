@@ -14,19 +14,22 @@ from polyradix_cpu.native.params import DTYPES, Tensor, from_host, huge_empty, t
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer: data [pages, heads, 2, page_size * dim]; csrc/px.h says how a page of k and of v is laid out."""
+    """One layer: data [pages, heads, 2, page_size * dim]; csrc/px.h says how a page of k and of v is laid out. Latent
+    rows (`parts` is 1) are k and v alike."""
 
     data: Tensor
     page_size: int
     dim: int
+    parts: int
 
 
 def check(spec: KVSpec) -> None:
     """Raises Unsupported for a page size or head size the kernels do not do."""
     if spec.page_size % 16 or spec.page_size < 16:
         raise Unsupported("page_size", f"{spec.page_size}; expected a multiple of 16")
-    if spec.head_dim % 16 or not 16 <= spec.head_dim <= 256:
-        raise Unsupported("head_dim", f"{spec.head_dim}; expected a multiple of 16 up to 256")
+    most = 1024 if spec.kind == "latent" else 256
+    if spec.head_dim % 16 or not 16 <= spec.head_dim <= most:
+        raise Unsupported("head_dim", f"{spec.head_dim}; expected a multiple of 16 up to {most}")
 
 
 def kv_page_bytes(spec: KVSpec) -> int:
@@ -39,7 +42,7 @@ def alloc_kv(spec: KVSpec, pages: int) -> list[LayerKV]:
     check(spec)
     shape = (spec.layers, pages, spec.kv_heads, 2, spec.page_size * spec.head_dim)
     data = huge_empty(shape, DTYPES[spec.dtype])
-    return [LayerKV(layer, spec.page_size, spec.head_dim) for layer in data]
+    return [LayerKV(layer, spec.page_size, spec.head_dim, spec.parts) for layer in data]
 
 
 def copy_pages(kv: list[LayerKV], src: Sequence[int], dst: Sequence[int]) -> list[LayerKV]:
@@ -54,18 +57,19 @@ def _pairs(data: Tensor) -> int:
 
 
 def export_pages(kv: list[LayerKV], pages: Sequence[int]) -> HostArray:
-    """[2, layer, page, slot, head, dim] in the cache's dtype."""
+    """[parts, layer, page, slot, head, dim] in the cache's dtype."""
     page, dim, pair = kv[0].page_size, kv[0].dim, _pairs(kv[0].data)
     data = torch.stack([layer.data[list(pages)] for layer in kv])  # [layer, page, head, 2, page_size * dim]
     k = data[..., 0, :].unflatten(-1, (dim // pair, page, pair)).permute(0, 1, 4, 2, 3, 5).flatten(-2)
     v = data[..., 1, :].unflatten(-1, (page // pair, dim, pair)).permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
-    return to_host(torch.stack([k, v]).contiguous())
+    return to_host(torch.stack([k, v][: kv[0].parts]).contiguous())
 
 
 def import_pages(kv: list[LayerKV], pages: Sequence[int], data: HostArray) -> list[LayerKV]:
     """The inverse of export_pages: writes `pages` of every layer."""
     page, dim, pair = kv[0].page_size, kv[0].dim, _pairs(kv[0].data)
-    k, v = from_host(data).to(kv[0].data.dtype)
+    parts = from_host(data).to(kv[0].data.dtype)
+    k, v = parts[0], parts[-1]
     k = k.unflatten(-1, (dim // pair, pair)).permute(0, 1, 3, 4, 2, 5).flatten(3)
     v = v.unflatten(2, (page // pair, pair)).permute(0, 1, 4, 2, 5, 3).flatten(3)
     both = torch.stack([k, v], 3)

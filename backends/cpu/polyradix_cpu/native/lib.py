@@ -21,7 +21,9 @@ SILU, GELU, CLAMPED = range(3)
 
 
 class Kind(IntEnum):
-    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP = range(14)
+    EMBED, LINEAR, ADD, NORM, ADD_NORM, ROPE, ATTEND, GATED, LAST, ARGMAX, ROUTE, EXPERTS, SUM, CAP, LATENT, HEADS = (
+        range(16)
+    )
 
 
 class Op(ctypes.Structure):

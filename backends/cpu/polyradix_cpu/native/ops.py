@@ -13,7 +13,19 @@ import torch
 from polyradix.backend.batch import SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expanded, Expansions, expansion_forced
-from polyradix.backend.protocol import AttnSpec, Compiled, Gate, Heads, Limits, MoeSpec, MoeWeights, Params, Step
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Compiled,
+    Gate,
+    Heads,
+    LatentSpec,
+    LatentWeights,
+    Limits,
+    MoeSpec,
+    MoeWeights,
+    Params,
+    Step,
+)
 from polyradix_cpu.native import lib
 from polyradix_cpu.native.kv import LayerKV
 from polyradix_cpu.native.lib import F32, FUSED_GELU, FUSED_SILU, PLAIN, SEQS, SPLIT_GATE, Kind, Library, Op, Samples
@@ -149,6 +161,27 @@ class NativeOps(Expansions):
         args = [q, k, v, kv.data, None if a.sinks is None else a.sinks.data]
         shape = (q.shape[0], heads.q * dim)
         return self._emit(Kind.ATTEND, q, shape, args, sizes, [a.scale, a.softcap or 0.0], m=m, seqs=False)[0], kv
+
+    def attend_latent(
+        self, q: Tensor, c: Tensor, kv: LayerKV, m: NativeMeta, w: LatentWeights, a: LatentSpec
+    ) -> tuple[Tensor, LayerKV]:
+        k, v = w.up.split(a.nope)
+        tokens, heads, width = len(q), k.shape[0], a.rank + a.rope
+        if kv.dim != width or q.shape[1] != heads * (a.nope + a.rope):
+            raise ValueError(f"q is {tuple(q.shape)} and a cached row {kv.dim}; expected {heads} heads of {a}")
+        query = self._heads(q, k, width)
+        sizes = [heads, a.nope, a.rope, a.rank, _stride(q), _stride(c), a.floor_scale]
+        args = [q, c, w.norm.data, w.table.data, query]
+        (row,) = self._emit(Kind.LATENT, q, (tokens, width), args, sizes, [a.eps, a.attn_scale], m=m, seqs=False)
+        row, alone = row.unflatten(1, (1, width)), AttnSpec(Heads(heads, 1, width), a.scale)
+        return self._heads(self.attend(query, row, row, kv, m, alone)[0], v, a.v), kv
+
+    def _heads(self, x: Tensor, w: NativeWeight, width: int) -> Tensor:
+        """Each head's columns of x [T,H*n], the first of them, times its weight of w [H,N,K], as the first N of its
+        `width` columns of the result."""
+        heads, n, k = w.shape
+        sizes = [w.depth, n, x.shape[1], heads * width, PLAIN, int(x.dtype == torch.float32), k, heads]
+        return self._emit(Kind.HEADS, x, (len(x), heads * width), [x.contiguous(), w.data, None], sizes, seqs=False)[0]
 
     def gated(self, x: Tensor, kind: Gate) -> Tensor:
         self._check_gate(kind)

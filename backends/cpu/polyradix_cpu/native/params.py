@@ -34,6 +34,21 @@ class NativeWeight:
     gated: bool = False
 
 
+@dataclass
+class LatentUp:
+    """Of kind latent_up: `w` [H,nope+v,R] until `nope` is known, and then the two parts that `split` gives."""
+
+    w: Tensor
+    parts: tuple[NativeWeight, ...] = ()
+
+    def split(self, nope: int) -> tuple[NativeWeight, ...]:
+        """Of all heads K as weights [R,nope] and V as weights [v,R], packed as experts are."""
+        if not self.parts:
+            self.parts = pack_experts(self.w[:, :nope].transpose(1, 2)), pack_experts(self.w[:, nope:])
+            self.w = None
+        return self.parts
+
+
 def huge_empty(shape: tuple[int, ...], dtype: Any) -> Tensor:
     """A zeroed tensor aligned to 2 MiB and advised into huge pages when it is at least that large."""
     size = prod(shape) * dtype.itemsize
@@ -98,9 +113,11 @@ def pack_experts(w: Tensor, bias: Tensor | None = None) -> NativeWeight:
     return NativeWeight("experts", data, tuple(w.shape), first.depth, packed)
 
 
-def pack(spec: ParamSpec, read: Reader) -> NativeWeight:
+def pack(spec: ParamSpec, read: Reader) -> NativeWeight | LatentUp:
     """One parameter of the graph, in the layout its kind wants."""
     w = from_host(read())
+    if spec.kind == "latent_up":
+        return LatentUp(w)
     if spec.kind in ("linear", "linear_reduce", "logits"):
         gated = spec.kind == "linear" and len(spec.segments) == 2 and spec.segments[0] == spec.segments[1]
         return pack_linear(w, from_host(read("bias")) if spec.bias else None, gated, spec.kind)
