@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from polyradix.backend.protocol import (
 from polyradix.backend.quant import check_quant
 from polyradix.backend.sampling import sample_host
 from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
+from polyradix_torch.indexer import Indexed
 from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
 from polyradix_torch.quant import Codes, QuantLinear
@@ -93,12 +95,14 @@ class TorchBackend(ABC):
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
-        shape = (pages, spec.page_size, spec.kv_heads, spec.head_dim)
         dtype = torch_dtype(spec.dtype)
-        return [
-            tuple(torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(spec.parts))
-            for _ in range(spec.layers)
-        ]
+
+        def part(width: int) -> torch.Tensor:
+            return torch.zeros((pages, spec.page_size, spec.kv_heads, width), dtype=dtype, device=self.device)
+
+        if spec.index:
+            return [Indexed(part(spec.head_dim - spec.index), part(spec.index)) for _ in range(spec.layers)]
+        return [tuple(part(spec.head_dim) for _ in range(spec.parts)) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         with torch.inference_mode():
@@ -149,19 +153,24 @@ class TorchBackend(ABC):
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         with torch.inference_mode():
-            parts = range(len(kv[0]))
-            each = [torch.stack([layer[part][list(pages)] for layer in kv]) for part in parts]
-            return done(to_numpy(torch.stack(each)))
+            return done(to_numpy(torch.stack([_exported(layer, list(pages)) for layer in kv], dim=1)))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
         with torch.inference_mode():
-            for layer, parts in zip(kv, to_torch(data, self.device).transpose(0, 1), strict=True):
+            for layer, whole in zip(kv, to_torch(data, self.device).transpose(0, 1), strict=True):
+                parts = whole[0].split([x.shape[3] for x in layer], dim=3) if isinstance(layer, Indexed) else whole
                 for cache, part in zip(layer, parts, strict=True):
                     cache[list(pages)] = part
         return kv
 
     def fetch(self, x: Array) -> Future[HostArray]:
         return done(to_numpy(x))
+
+
+def _exported(layer: Any, pages: list[int]) -> torch.Tensor:
+    """[part,page,slot,head,dim]"""
+    parts = [cache[pages] for cache in layer]
+    return torch.cat(parts, dim=3)[None] if isinstance(layer, Indexed) else torch.stack(parts)
 
 
 def _tensors(kv: KV) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ from polyradix.backend.protocol import (
     MoeSpec,
     MoeWeights,
 )
-from polyradix_torch.indexer import attend_alone, layer_norm, select
+from polyradix_torch.indexer import Indexed, attend_alone, select, turned
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
 from polyradix_torch.moe import SERIAL, clamped, route, sigmoid, spread, weighted
 
@@ -86,7 +86,8 @@ class Products(Expansions):
 
 
 class TorchOps(Products):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, or one tensor.
+    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, one tensor,
+    or Indexed.
 
     `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D]. Unless `invariant`,
     latent attention takes the form with fewer multiplications, and a token's bits depend on its batch.
@@ -120,7 +121,7 @@ class TorchOps(Products):
     def attend_latent(
         self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec
     ) -> Any:
-        asked = self._write_rows(q, c, c[:, :0], kv, m, w, a)
+        asked = self._write_rows(q, c, kv[0], m, w, a)
         return self._latent(asked, kv[0], m, w.up, a).to(q.dtype).flatten(1), kv
 
     def attend_sparse(
@@ -128,44 +129,35 @@ class TorchOps(Products):
         q: torch.Tensor,
         c: torch.Tensor,
         x: Index,
-        kv: Any,
+        kv: Indexed,
         m: TorchMeta,
         w: LatentWeights,
         a: LatentSpec,
         s: IndexSpec,
     ) -> Any:
         """One token after the other: what one sees is no other's."""
-        key, index = layer_norm(x.k, x.norm, s.eps), x.q.view(len(q), s.heads, s.dim)
-        turned, first = self.rope(index[..., : a.rope], key[:, None, : a.rope], w.table, m)
-        index = torch.cat([turned, index[..., a.rope :]], dim=2).float()
-        key = torch.cat([first[:, 0], key[:, a.rope :]], dim=1)
-        asked = absorb(self._write_rows(q, c, key, kv, m, w, a), w.up, a)
-        mean, weights, (cache,) = asked.new_empty(*asked.shape[:2], a.rank), x.weights.float(), kv
+        index, key = turned(self.rope, x, w.table, m, a.rope, s)
+        kv.keys.view(-1, s.dim).index_copy_(0, m.slots, key)
+        asked = absorb(self._write_rows(q, c, kv.rows, m, w, a), w.up, a)
+        mean, weights = asked.new_empty(*asked.shape[:2], a.rank), x.weights.float()
         for seq, length in enumerate(m.kv_len):
-            held = _gather(cache, m.pages[seq, : -(-length // cache.shape[1])], length)[0]
+            pages = m.pages[seq, : -(-length // kv.rows.shape[1])]
+            held, keys = (_gather(cache, pages, length)[0] for cache in kv)
             for t in range(m.rows[seq], m.rows[seq + 1]):
-                keys = held[: length - m.rows[seq + 1] + t + 1, -s.dim :]
-                seen = held[select(index[t], weights[t], keys, s.top_k), : -s.dim]
+                stop = length - m.rows[seq + 1] + t + 1
+                seen = held[select(index[t], weights[t], keys[:stop], s.top_k)]
                 mean[t] = attend_alone(asked[t], seen, a)
         return unabsorb(mean, w.up, a).to(q.dtype).flatten(1), kv
 
     def _write_rows(
-        self,
-        q: torch.Tensor,
-        c: torch.Tensor,
-        index: torch.Tensor,
-        kv: Any,
-        m: TorchMeta,
-        w: LatentWeights,
-        a: LatentSpec,
+        self, q: torch.Tensor, c: torch.Tensor, cache: torch.Tensor, m: TorchMeta, w: LatentWeights, a: LatentSpec
     ) -> torch.Tensor:
-        """Each row of c, followed by that of `index`. Returns the queries [T,H,nope+rope], rotated, float32."""
-        (cache,) = kv
-        nope, turned = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
-        turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
-        rows = torch.cat([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0], index], dim=1)
+        """Returns the queries [T,H,nope+rope], rotated, float32."""
+        nope, last = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
+        last, key = self.rope(last, c[:, None, a.rank :], w.table, m)
+        rows = torch.cat([self.rms_norm(c[:, : a.rank], w.norm, a.eps), key[:, 0]], dim=1)
         cache.view(-1, cache.shape[-1]).index_copy_(0, m.slots, rows)
-        asked = torch.cat([nope, turned], dim=-1).float()
+        asked = torch.cat([nope, last], dim=-1).float()
         if a.attn_scale:
             asked *= (1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log())[:, None, None]
         return asked

@@ -104,7 +104,7 @@ def test_capabilities(make) -> None:
     backend = make(capture=False)
     check_drift("cuda", backend)
     assert (backend.caps.name, backend.caps.device) == ("cuda", "Fake GPU")
-    assert backend.caps.features == FEATURES - {"indexer"} | QUANTS
+    assert backend.caps.features == FEATURES | QUANTS
     assert "eager" in backend.caps.notes[0]
     assert "captured" in make().caps.notes[0]
     for spec, why in (

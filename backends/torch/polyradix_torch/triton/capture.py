@@ -38,6 +38,7 @@ class StaticBatch:
 
     def __init__(self, limits: Limits, page: int, device: torch.device, latent: bool = False) -> None:
         self.most, self.page, self.device, self.latent = limits.max_seqs, page, device, latent
+        self.context = limits.max_context
         most, room = self.most, self.most * -(-limits.max_context // page) + 1
         self.buffer = torch.zeros(len(FIELDS) * most + room, dtype=torch.int32, device=device)
         self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
@@ -70,8 +71,9 @@ class StaticBatch:
         plan = prefix.view(self.plan, self.most, count) if shared else None
         paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none.view(0, 2), plan)
         return GpuMeta(
-            f["tokens"], f["positions"], f["slots"], rows.long(), paged, Rows(rows, none.view(0, 3), none, none)
-        )
+            f["tokens"], f["positions"], f["slots"], rows.long(), paged, Rows(rows, none.view(0, 3), none, none),
+            self.context,
+        )  # fmt: skip
 
 
 class Graphs:

@@ -12,7 +12,7 @@ import triton
 
 from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
-from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny
+from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.skinny import Tile
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -27,6 +27,7 @@ def every() -> Iterator[Launch]:
     yield from of_experts()
     yield from of_latent()
     yield from of_quantised()
+    yield from of_indexer()
 
 
 def empty(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
@@ -162,6 +163,14 @@ def quantised(q: Quant, *shape: int) -> Codes:
     blocks = *outer, triton.cdiv(out, rows), triton.cdiv(width, columns)
     codes = empty(*outer, out, width // 2 if four else width, dtype=torch.uint8 if four else torch.float8_e4m3fn)
     return Codes(q, codes, empty(*blocks, dtype=F32), empty(*blocks, dtype=torch.uint8) if four else None)
+
+
+def of_indexer() -> Iterator[Launch]:
+    """DeepSeek-V3.2's, and in float32 for conformance."""
+    for dtype in (BF16, F32):
+        index, weights = empty(64, 64, 128, dtype=dtype), empty(64, 64, dtype=dtype)
+        keys, n, ranks = empty(256, 16, 1, 128, dtype=dtype), integers(64), empty(64, 8192, dtype=torch.int64)
+        yield f"64 index heads {_name(dtype)}", partial(sparse.rank, index, weights, keys, n, n, n, n, ranks)
 
 
 def _name(dtype: torch.dtype) -> str:

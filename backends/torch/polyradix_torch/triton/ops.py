@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
-from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix.backend.protocol import AttnSpec, Gate, Index, IndexSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix_torch.indexer import Indexed, turned
 from polyradix_torch.ops import GATES, Linear, Products
 from polyradix_torch.quant import Codes, QuantLinear
-from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny
+from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.attention import Paged
 
 
@@ -26,6 +27,7 @@ class GpuMeta:
     last: torch.Tensor  # [S]
     paged: Paged
     latent: latent.Rows
+    context: int  # no sequence has more tokens
 
 
 class TritonOps(Products):
@@ -55,6 +57,16 @@ class TritonOps(Products):
         self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: GpuMeta, w: LatentWeights, a: LatentSpec
     ) -> Any:
         return latent.attend(q, c, kv[0], m.positions, m.slots, m.paged, m.latent, w, a), kv
+
+    def attend_sparse(
+        self, q: torch.Tensor, c: torch.Tensor, x: Index, kv: Indexed, m: GpuMeta, w: LatentWeights, a: LatentSpec,
+        s: IndexSpec,
+    ) -> Any:  # fmt: skip
+        index, key = turned(self.rope, x, w.table, m, a.rope, s)
+        kv.keys.view(-1, s.dim).index_copy_(0, m.slots.long(), key)
+        if m.context <= s.top_k:
+            return latent.attend(q, c, kv.rows, m.positions, m.slots, m.paged, m.latent, w, a), kv
+        return sparse.attend(q, c, index, x.weights, kv, m.positions, m.slots, m.paged, m.context, w, a, s), kv
 
     def linear(self, x: torch.Tensor, w: Linear | QuantLinear) -> torch.Tensor:
         if isinstance(w, QuantLinear):

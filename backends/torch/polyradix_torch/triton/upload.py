@@ -69,4 +69,4 @@ def upload(
     absorbed, few, wide, begin = rest
     paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2), view)
     which = latent.Rows(absorbed, few.view(-1, 3), wide, begin, keys, longest)
-    return GpuMeta(tokens, positions, slots, last, paged, which), source
+    return GpuMeta(tokens, positions, slots, last, paged, which, int(batch.kv_len.max())), source

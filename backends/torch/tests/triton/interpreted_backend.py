@@ -23,7 +23,7 @@ class Interpreted(TritonBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"indexer"} | QUANTS,
+            features=FEATURES | QUANTS,
         )
         super().__init__(caps, TritonOps(), "cpu")
         self.splits = splits
