@@ -83,6 +83,6 @@ def test_the_order_of_work_is_true(monkeypatch):
         without(backend.ops, Ops, written)
         for text in [f for f in filters if f not in SLOW]:
             results = run([c for c in cases if text in c.id][::12], lambda tp, backend=backend: backend)
-            assert results
-            assert [r for r in results if r.status != "pass"] == []
+            assert any(r.status == "pass" for r in results)
+            assert [r for r in results if not r.good] == []
     assert written >= verbs(Backend) | verbs(Ops)
