@@ -31,6 +31,11 @@ def test_a_tensor_of_the_host_among_the_devices_is_refused(device: SimulatedDevi
         on(3, 4) + torch.ones(3, 4)
 
 
+def test_an_op_without_a_kernel_of_the_device_is_refused(device: SimulatedDevice) -> None:
+    with pytest.raises(WrongCall, match="would run it on the CPU"):
+        torch.special.bessel_j0(on(3, 4, dtype=torch.float32))
+
+
 def test_memory_is_counted(device: SimulatedDevice) -> None:
     before, _ = torch.npu.mem_get_info()
     held = torch.zeros(64 << 20, dtype=torch.uint8, device="npu")

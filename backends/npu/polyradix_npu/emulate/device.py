@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +23,9 @@ EMPTY = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_em
 NO_META = {"npu::npu_format_cast"}  # the wheel has no Meta kernel for it
 WORKSPACE = "npu::_npu_fused_infer_attention_score_v2_get_max_workspace"
 OUTPUTS = "npu::_npu_fused_infer_attention_score_v2_infer_output"
+
+
+KERNELS = ("PrivateUse1", "CompositeImplicitAutograd", "CompositeExplicitAutograd")  # of the device, or made of others
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
             return _room(name, contracts.bind(func._schema, args, kwargs))
         if self.updating is not None:
             return self.updating(func, args, kwargs)
+        _has_kernel(func)
         formats.check(name, values)
         if name not in COPIES:
             _one_device(name, values)
@@ -150,6 +154,17 @@ def _stays(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         and on_device(other)
         and (to is None or torch.device(to).type == "npu")
     )
+
+
+@cache
+def _has_kernel(func: Any) -> None:
+    """Raises WrongCall where torch-npu would quietly run an op on the CPU, with copies there and back."""
+    packet = func._overloadpacket
+    forms = [func, *(getattr(packet, name) for name in packet.overloads())]  # one form may be made of another
+    if not any(
+        form.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, key)) for form in forms for key in KERNELS
+    ):
+        raise WrongCall(f"{func}: this torch-npu has no kernel of it, and would run it on the CPU")
 
 
 def _one_device(name: str, values: list[Any]) -> None:
