@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from polyradix_npu import contracts
 from polyradix_npu.contracts import WrongCall
@@ -118,14 +118,15 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
         return targets
 
     def replay(self, recording: Recording) -> None:
-        for call in recording:
-            if not isinstance(call, Call):
-                call()
-                continue
-            new = self.run(call.func, call.args, call.kwargs)
-            for old, value in zip(leaves(call.out), leaves(new), strict=True):
-                if on_device(old) and old is not value:
-                    alias(old).copy_(alias(value))
+        with _disable_current_modes():  # what follows is no longer the model's but ours
+            for call in recording:
+                if not isinstance(call, Call):
+                    call()
+                    continue
+                new = self.run(call.func, call.args, call.kwargs)
+                for old, value in zip(leaves(call.out), leaves(new), strict=True):
+                    if on_device(old) and old is not value:
+                        alias(old).copy_(alias(value))
 
     def inside(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call`, run on the simulated device."""
