@@ -111,5 +111,6 @@ def tnd_sizes(mask: torch.Tensor, cann: str, page: int) -> frozenset[int]:
         paged = {"block_table": pages, "block_size": page, "actual_seq_qlen": [2], "actual_seq_kvlen": [2]}
         with suppress(RuntimeError, ValueError):
             calls.attend(q, (cache, cache), "TND", 1, 1, 1.0, **paged, sparse_mode=calls.CAUSAL, atten_mask=mask)
+            torch.npu.synchronize()  # another thread may launch it
             out.add(size)
     return frozenset(out)

@@ -34,6 +34,7 @@ from polyradix_npu.ops import Experts, NpuOps
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import all_told, told
 from polyradix_torch.host import to_torch, torch_dtype
+from polyradix_torch.memory import remaining, settled
 from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
 from polyradix_torch.pending import Pending
@@ -53,6 +54,7 @@ class NpuBackend(TorchBackend):
         self._capture, self._captured = capture, False
         self._limits: Limits | None = None
         self._static: StaticBatch | None = None
+        self._still: int | None = None  # bytes that weights and cache take, without any step
         packed = ", ".join(map(str, sorted(self._fused.tnd))) or "none"
         caps = Capabilities(
             name="npu",
@@ -76,9 +78,7 @@ class NpuBackend(TorchBackend):
         super().__init__(caps, NpuOps(self._fused), str(device))
 
     def memory(self) -> Memory:
-        free, total = torch.npu.mem_get_info(self.device)
-        kept = torch.npu.memory_reserved(self.device) - torch.npu.memory_allocated(self.device)
-        return Memory(free=free + kept, total=total)
+        return remaining(torch.npu, self.device, self._still)
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
         if spec.kind in ("norm", "latent_up"):
@@ -103,15 +103,14 @@ class NpuBackend(TorchBackend):
         check_claimed(spec, self.caps)
         split = spec.kind == "latent" and spec.head_dim == latent.RANK + latent.ROPE and spec.dtype == "bfloat16"
         self._captured = self._capture and spec.dtype == "bfloat16" and (spec.kind == "full" or split)
-        if not split:
-            return super().alloc_kv(spec, pages)
-        return [
-            tuple(
-                torch.zeros(pages, spec.page_size, 1, width, dtype=torch.bfloat16, device=self.device)
-                for width in (latent.RANK, latent.ROPE)
-            )
-            for _ in range(spec.layers)
-        ]
+        kv = self._latent_kv(spec, pages) if split else super().alloc_kv(spec, pages)
+        self._still = settled(torch.npu, self.device)
+        return kv
+
+    def _latent_kv(self, spec: KVSpec, pages: int) -> KV:
+        shapes = [(pages, spec.page_size, 1, width) for width in (latent.RANK, latent.ROPE)]
+        dtype = torch_dtype(spec.dtype)
+        return [tuple(torch.zeros(s, dtype=dtype, device=self.device) for s in shapes) for _ in range(spec.layers)]
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         if not _split(kv):

@@ -30,6 +30,7 @@ from polyradix.backend.protocol import (
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import told
 from polyradix_torch.host import torch_dtype
+from polyradix_torch.memory import remaining, settled
 from polyradix_torch.pending import Pending
 from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
@@ -116,16 +117,11 @@ class GpuBackend(TritonBackend):
         super().__init__(caps, ops, str(device))
 
     def memory(self) -> Memory:
-        """Free is what the driver has and what torch keeps unused, less what the steps since `alloc_kv` needed."""
-        free, total = torch.cuda.mem_get_info(self._device)
-        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        steps = 0 if self._still is None else torch.cuda.max_memory_allocated(self._device) - self._still
-        return Memory(free=free + kept - steps, total=total)
+        return remaining(torch.cuda, self._device, self._still)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         kv = super().alloc_kv(spec, pages)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self._still = torch.cuda.memory_allocated(self._device)
+        self._still = settled(torch.cuda, self._device)
         return kv
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:

@@ -23,8 +23,6 @@ EMPTY = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_em
 NO_META = {"npu::npu_format_cast"}  # the wheel has no Meta kernel for it
 WORKSPACE = "npu::_npu_fused_infer_attention_score_v2_get_max_workspace"
 OUTPUTS = "npu::_npu_fused_infer_attention_score_v2_infer_output"
-
-
 KERNELS = ("PrivateUse1", "CompositeImplicitAutograd", "CompositeExplicitAutograd")  # of the device, or made of others
 
 
