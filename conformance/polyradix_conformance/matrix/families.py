@@ -19,6 +19,7 @@ MODELS = {  # what each golden model is a small one of
     "deepseek-v3.2-all-seen": "the same in shorter ones",
     "gemma2": "Gemma 2",
     "gemma3": "Gemma 3",
+    "gpt-oss": "gpt-oss-20b, gpt-oss-120b",
     "llama": "Llama 3.1, 3.3",
     "llama-bias": "none known: Llama with biases and linear rope",
     "llama-fp8": "Llama in FP8 blocks, as DeepSeek publishes its models",
