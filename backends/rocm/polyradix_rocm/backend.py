@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities
+from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -80,7 +80,7 @@ class RocmBackend(AiterHost, GpuBackend):
 
     def __init__(self, index: int, capture: bool, aiter: Aiter | None, note: str) -> None:
         ops = TritonOps() if aiter is None else TritonAiterOps(aiter)
-        super().__init__("rocm", FEATURES - {"indexer"}, ops, index, capture)
+        super().__init__("rocm", FEATURES - {"indexer"} | QUANTS, ops, index, capture)
         self.caps = _noted(self.caps, note, aiter)
 
 
@@ -95,7 +95,7 @@ class CpuBackend(AiterHost, TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"indexer"},
+            features=FEATURES - {"indexer"} | QUANTS,
         )
         super().__init__(_noted(caps, note, aiter), TorchAiterOps(aiter), "cpu")
 

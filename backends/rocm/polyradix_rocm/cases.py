@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from polyradix_rocm.aiter.calls import Aiter
+from polyradix_rocm.fp8 import to_fnuz
 
 # Of the largest value: copies; weights of the same experts; sums rounded to bf16; FP8.
 EXACT, CHOSEN, CLOSE, COARSE = 0.0, 1e-3, 0.02, 0.07
@@ -77,12 +78,13 @@ def cases(s: Shapes, device: str, fp8: torch.dtype) -> Iterator[Case]:
     yield from _experts(s, x)
     y = x.values(s.tokens, s.width)
     yield Case("quantised", ("per_group_quant_hip",), lambda a: _wide(*a.quantised(y, fp8)), COARSE)
-    w, scale = x.values(256, s.width, scale=0.1).to(fp8), x.uniform(2, s.width // 128) + 0.5
+    codes, scale = x.values(256, s.width, scale=0.1).to(torch.float8_e4m3fn), x.uniform(2, s.width // 128) + 0.5
+    w, each = (codes, scale) if fp8 == torch.float8_e4m3fn else to_fnuz(codes, scale)  # a checkpoint has e4m3fn
     both = ("per_group_quant_hip", "gemm_a8w8_blockscale")
 
     def product(a: Aiter) -> torch.Tensor:
-        codes, each = a.quantised(y, fp8)
-        return a.block_product(codes, w, each, scale)
+        rows, by_row = a.quantised(y, fp8)
+        return a.block_product(rows, w, by_row, each)
 
     yield Case("block_product", both, product, COARSE)
 

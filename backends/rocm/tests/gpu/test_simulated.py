@@ -52,3 +52,8 @@ def test_moe(conformance_case: Any) -> None:
 @pytest.mark.conformance(backend="rocm", profile="mla", emulate=True, options=GPU)
 def test_mla(conformance_case: Any) -> None:
     conformance_case.check()
+
+
+@pytest.mark.conformance(backend="rocm", profile="quant", emulate=True, options=GPU)
+def test_quant(conformance_case: Any) -> None:
+    conformance_case.check()
