@@ -11,6 +11,7 @@ from polyradix.backend.protocol import Backend, Found
 DRIVER = Path("/dev/kfd")
 ARCHS = {"gfx942": "MI300X, MI300A, MI325X", "gfx950": "MI350X, MI355X"}  # that kernels are compiled for in the tests
 VERSIONS = ("0.1.10", "0.1.20")  # of AITER
+OLDEST = (2, 10)  # torch whose products of bfloat16 give float32 over rocBLAS too: pytorch, pull request 162600
 PLATFORMS = ("auto", "cpu", "gpu")
 
 
@@ -53,9 +54,11 @@ def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def check_torch(torch: Any) -> None:
-    """Raises RuntimeError for a torch without ROCm."""
+    """Raises RuntimeError for a torch without ROCm, and for one too old."""
     if torch.version.hip is None:
         raise RuntimeError(f"torch {torch.__version__} is not built for ROCm: install one from pytorch.org that is")
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST:
+        raise RuntimeError(f"torch is {torch.__version__}; expected at least 2.10")
 
 
 def arch_of(torch: Any, index: int) -> str:

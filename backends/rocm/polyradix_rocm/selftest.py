@@ -95,6 +95,15 @@ def _replayed(case: Case, aiter: Aiter) -> str:
     return "the same bits"
 
 
+def multiplied() -> str:
+    """What logits are made by: a product of bfloat16 that torch gives in float32."""
+    x, w = (torch.randn(64, 4096, device="cuda").bfloat16() for _ in "xw")
+    error = float((torch.mm(x, w.t(), out_dtype=torch.float32) - x.double() @ w.double().t()).abs().max())
+    if error > 1e-2:
+        raise ArithmeticError(f"differs by {error:.2g}, of sums around 64; at most 0.01")
+    return f"differs by {error:.2g}"
+
+
 def all_reduced() -> Result:
     """A sum over all GPUs, by RCCL, which torch calls nccl."""
     name, count = "all-reduce", torch.cuda.device_count()
@@ -161,6 +170,7 @@ def checks(aiter: Aiter, simulated: bool, whole: bool, folder: Path) -> Iterator
         yield from (result for _, result in compared(aiter, shapes, device))
     if not simulated:
         yield from captured(aiter, device)
+        yield tried("torch: bfloat16 times bfloat16 in float32", multiplied)
         yield all_reduced()
     if whole:
         yield from conformance(["--emulate"] if simulated else [], folder)

@@ -48,6 +48,11 @@ def test_arch() -> None:
         device.arch_of(fake("gfx1100"), 1)
     with pytest.raises(RuntimeError, match=r"torch 2\.11 is not built for ROCm: install one"):
         device.check_torch(fake("gfx942", None))
+    old = fake("gfx942")
+    device.check_torch(old)
+    old.__version__ = "2.9.1+rocm6.4"
+    with pytest.raises(RuntimeError, match=r"torch is 2\.9\.1\+rocm6\.4; expected at least 2\.10"):
+        device.check_torch(old)
 
 
 def test_this_torch_is_refused() -> None:
