@@ -80,7 +80,7 @@ tests-rocm: .venv/tested $(AITER)
 	$(call pytest,$(BIN)) backends/rocm/tests \
 	  --ignore=backends/rocm/tests/gpu --ignore=backends/rocm/tests/interpreted
 	$(call pytest,$(BIN)) backends/rocm/tests/interpreted
-	for profile in dense moe mla quant; do $(BIN)/conform run --backend rocm --emulate --profile $$profile -o .venv/rocm-$$profile.json; done
+	for profile in dense moe mla quant sparse; do $(BIN)/conform run --backend rocm --emulate --profile $$profile -o .venv/rocm-$$profile.json; done
 	$(BIN)/conform verify .venv/rocm-*.json
 
 # AMD's kernels for ROCm, whose sources the tests read, and of which they run what needs no GPU; nothing depends on it.

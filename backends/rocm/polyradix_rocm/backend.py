@@ -80,7 +80,7 @@ class RocmBackend(AiterHost, GpuBackend):
 
     def __init__(self, index: int, capture: bool, aiter: Aiter | None, note: str) -> None:
         ops = TritonOps() if aiter is None else TritonAiterOps(aiter)
-        super().__init__("rocm", FEATURES - {"indexer"} | QUANTS, ops, index, capture)
+        super().__init__("rocm", FEATURES | QUANTS, ops, index, capture)
         self.caps = _noted(self.caps, note, aiter)
 
 
@@ -95,7 +95,7 @@ class CpuBackend(AiterHost, TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES - {"indexer"} | QUANTS,
+            features=FEATURES | QUANTS,
         )
         super().__init__(_noted(caps, note, aiter), TorchAiterOps(aiter), "cpu")
 

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from polyradix.backend.protocol import AttnSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Weight
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Index,
+    IndexSpec,
+    LatentSpec,
+    LatentWeights,
+    MoeSpec,
+    MoeWeights,
+    Weight,
+)
 from polyradix_rocm.aiter.calls import GROUPS, MLA_HEADS, MLA_WIDTH, Aiter
 from polyradix_rocm.plan import Part, Plan, planned
 from polyradix_torch.moe import route
@@ -219,6 +228,11 @@ class TorchAiterOps(AiterVerbs, TorchOps):  # type: ignore[misc]  # beneath are 
 
     def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
         return super().logits(x.float(), Linear(w.weight.float(), None), softcap)
+
+    def attend_sparse(
+        self, q: torch.Tensor, c: torch.Tensor, x: Index, kv: Any, m: Any, w: LatentWeights, a: LatentSpec, s: IndexSpec
+    ) -> Any:
+        return super().attend_sparse(q, c, x, kv, m, LatentWeights(w.norm, w.up.float(), w.table), a, s)
 
     def _write(self, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any) -> None:
         for part, new in zip(kv, (k, v), strict=True):

@@ -26,7 +26,7 @@ from polyradix_rocm.device import ARCHS, arch_of, check_torch
 from polyradix_rocm.simulator import FP8, Simulator
 from polyradix_torch.gpu import use_gpu
 
-PROFILES = ("dense", "moe", "mla", "quant")
+PROFILES = ("dense", "moe", "mla", "quant", "sparse")
 
 
 @dataclass(frozen=True)

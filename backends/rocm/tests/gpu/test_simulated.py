@@ -57,3 +57,8 @@ def test_mla(conformance_case: Any) -> None:
 @pytest.mark.conformance(backend="rocm", profile="quant", emulate=True, options=GPU)
 def test_quant(conformance_case: Any) -> None:
     conformance_case.check()
+
+
+@pytest.mark.conformance(backend="rocm", profile="sparse", emulate=True, options=GPU)
+def test_sparse(conformance_case: Any) -> None:
+    conformance_case.check()

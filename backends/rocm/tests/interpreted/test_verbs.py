@@ -34,7 +34,7 @@ class Interpreted(AiterHost, TritonBackend):
 @pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize(("case", "called"), SIMULATED.items())
 def test_case(case: str, called: str | None) -> None:
-    dtypes, features = frozenset({"float32", "bfloat16"}), FEATURES - {"indexer"}
+    dtypes, features = frozenset({"float32", "bfloat16"}), FEATURES
     caps = Capabilities("rocm", "CPU", dtypes, (16,), 256, head_dim_multiple=2, features=features)
     simulator = Simulator("gfx942", "0.1.20")
     backend: Any = Interpreted(caps, TritonAiterOps(Aiter(simulator)), "cpu")
