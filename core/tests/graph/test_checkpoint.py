@@ -252,9 +252,17 @@ GGUF_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
+GEMMA_NAMES = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+def gguf_name(name: str, arch: str) -> str:
     stem, kind = name.rsplit(".", 1)
-    new = next(new for old, new in GGUF_NAMES.items() if stem.endswith(old))
+    names = GGUF_NAMES | (GEMMA_NAMES if arch.startswith("gemma") else {})
+    new = next(new for old, new in names.items() if stem.endswith(old))
     layer = f"blk.{stem.split('.')[2]}." if "layers" in stem else ""
     return f"{layer}{new}.{kind}"
 
@@ -278,6 +286,8 @@ def write_gguf(
     w.add_layer_norm_rms_eps(config["rms_norm_eps"])
     w.add_rope_freq_base(5000.0)
     w.add_eos_token_id(2)
+    if "sliding_window" in config:
+        w.add_sliding_window(config["sliding_window"])
     for name, value in (rope or {}).items():
         w.add_tensor("rope_freqs.weight", value) if name == "freqs" else getattr(w, f"add_rope_{name}")(value)
     w.add_array("some.strings", ["a", "é", ""])
@@ -286,11 +296,12 @@ def write_gguf(
     for name, value in t.items():
         part = name.split(".")[-2]
         value = interleave(value, heads[part]) if arch == "llama" and part in heads else value
+        value = value + 1 if arch.startswith("gemma") and part.endswith("norm") else value
         if kind != "F32" and value.ndim == 2:
             q = gguf.GGMLQuantizationType[kind]
-            w.add_tensor(gguf_name(name), gguf.quants.quantize(value, q), raw_dtype=q)
+            w.add_tensor(gguf_name(name, arch), gguf.quants.quantize(value, q), raw_dtype=q)
         else:
-            w.add_tensor(gguf_name(name), value)
+            w.add_tensor(gguf_name(name, arch), value)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -306,6 +317,8 @@ def write_gguf(
         ("llama", "Llama", {"tie_word_embeddings": True}),
         ("qwen2", "Qwen2", {}),
         ("qwen3", "Qwen3", {}),
+        ("gemma2", "Gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
+        ("gemma3", "Gemma3", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
     ],
 )
 def test_gguf_equals_the_folder(tmp_path: Path, arch: str, family: str, more: dict[str, Any]) -> None:
@@ -318,6 +331,7 @@ def test_gguf_equals_the_folder(tmp_path: Path, arch: str, family: str, more: di
     assert got == ModelSpec(**{**vars(want), "rms_eps": got.rms_eps, "dtype": "bfloat16"})
     assert checkpoint.names == set(t)
     for name, value in t.items():
+        value = (value + 1) - 1 if arch.startswith("gemma") and name.endswith("norm.weight") else value
         np.testing.assert_array_equal(checkpoint.tensor(name, value.shape), value, err_msg=name)
 
 
@@ -377,8 +391,10 @@ def test_broken_ggufs(tmp_path: Path) -> None:
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "gemma3", CONFIG, {})
-    with pytest.raises(ModelError, match=r"general\.architecture is 'gemma3'; expected one of llama, qwen2, qwen3"):
+    path = write_gguf(tmp_path / "m.gguf", "phi3", CONFIG, {})
+    with pytest.raises(
+        ModelError, match=r"general\.architecture is 'phi3'; expected one of llama, qwen2, qwen3, gemma2"
+    ):
         open_checkpoint(str(path))
 
 

@@ -21,7 +21,13 @@ from polyradix.backend.protocol import HostArray
 from polyradix.graph.checkpoint.base import Checkpoint, Stored
 from polyradix.graph.errors import CheckpointError, ModelError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -36,6 +42,12 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA_27B = {"gemma2": 46, "gemma3": 62}  # layers of the models whose queries are not scaled by the head size
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _PLAIN = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -126,14 +138,16 @@ def _header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def open_gguf(path: Path) -> Checkpoint:
     meta, tensors = read_gguf(path)
     config = hf_config(path, meta, tensors)
-    files = {hf: name for name in tensors if (hf := hf_name(name))}
+    arch = meta["general.architecture"]
+    files = {hf: name for name in tensors if (hf := hf_name(name, arch))}
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    interleaved = meta["general.architecture"] == "llama"
 
     def read(name: str) -> HostArray:
         value = _read(path, files[name], tensors[files[name]])
         part = name.split(".")[-2]
-        return _half_split(value, heads[part]) if interleaved and part in heads else value
+        if arch in _GEMMA_27B and part.endswith("norm"):
+            return value - np.float32(1)  # which the file's norms have been given
+        return _half_split(value, heads[part]) if arch == "llama" and part in heads else value
 
     return Checkpoint(
         source=str(path),
@@ -164,10 +178,10 @@ def _half_split(value: HostArray, heads: int) -> HostArray:
     return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
-def hf_name(name: str) -> str | None:
+def hf_name(name: str, arch: str = "llama") -> str | None:
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight; None for tensors without a counterpart."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        part = _LAYER.get(match[2])
+        part = (_LAYER | (_GEMMA if arch in _GEMMA_27B else {})).get(match[2])
         return f"model.layers.{match[1]}.{part}.{match[3]}" if part else None
     stem, _, kind = name.rpartition(".")
     return f"{_TOP[stem]}.{kind}" if stem in _TOP else None
@@ -200,7 +214,22 @@ def hf_config(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> d
         "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
         "eos_token_id": sorted(eos),
+        **(_gemma(arch, get, _rope(path, get, tensors)) if arch in _GEMMA_27B else {}),
     }
+
+
+def _gemma(arch: str, get: Any, rope: dict[str, Any]) -> dict[str, Any]:
+    """Source of the 27B models' scale: llama.cpp's src/llama-model.cpp, f_attention_scale."""
+    large = get("block_count") == _GEMMA_27B[arch]
+    scalar = get("embedding_length") // get("attention.head_count") if large else get("attention.key_length")
+    names = {
+        "sliding_window": "attention.sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    }
+    found = {hf: get(name) for hf, name in names.items() if get(name) is not None}
+    ropes = {"full_attention": rope} if arch == "gemma3" else rope
+    return {"query_pre_attn_scalar": scalar, "rope_parameters": ropes, **found}
 
 
 def _rope(path: Path, get: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
