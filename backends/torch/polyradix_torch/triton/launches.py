@@ -87,10 +87,18 @@ def of_attention() -> Iterator[Launch]:
         yield attend(dtype, dim, group, 1, softcap, shared=True)
     yield attend(BF16, 128, 4, 1)
     yield attend(BF16, 128, 8, 8)
+    for splits in (0, 1, 8):
+        yield attend(BF16, 64, 8, splits, sinks=True)
 
 
 def attend(
-    dtype: torch.dtype, dim: int, group: int, splits: int, softcap: float | None = None, shared: bool = False
+    dtype: torch.dtype,
+    dim: int,
+    group: int,
+    splits: int,
+    softcap: float | None = None,
+    shared: bool = False,
+    sinks: bool = False,
 ) -> Launch:
     """A decode of 64 sequences when `splits` is given, else a prefill; some of its keys are shared if so said."""
     heads = Heads(8 * group, 8, dim)
@@ -100,13 +108,16 @@ def attend(
     plan = attention.Shared(integers(64), integers(64), integers(64), integers(32, 5)) if shared else None
     at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles, plan)
     what = "shared" if shared else f"splits {splits}" if splits else "prefill"
-    spec = AttnSpec(heads, dim**-0.5, None, softcap)
+    what += " sinks" if sinks else ""
+    spec = AttnSpec(heads, dim**-0.5, 128 if sinks else None, softcap, empty(heads.q, dtype=F32) if sinks else None)
     return f"D{dim} G{group} {_name(dtype)} {what}", lambda: attention.attend(q, k, v, (cache, cache), at, spec)
 
 
 def of_experts() -> Iterator[Launch]:
     for dtype, tokens in ((BF16, 4), (BF16, 200), (BF16, 512), (BF16, 8192), (F32, 64)):
         yield f"64 experts M{tokens} {_name(dtype)}", experts(dtype, tokens)
+    for tokens in (4, 512):
+        yield f"32 experts M{tokens} clamped", clamped(tokens)
 
 
 def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
@@ -115,6 +126,15 @@ def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
     weights = MoeWeights(router, empty(64, 2 * 1408, 2048, dtype=dtype), empty(64, 2048, 1408, dtype=dtype))
     spec = MoeSpec(64, 6, "sigmoid", True, 2.5, groups=8, top_groups=4, group_best=2)
     return lambda: moe.moe(empty(tokens, 2048, dtype=dtype), weights, spec)
+
+
+def clamped(tokens: int) -> Callable[[], Any]:
+    """gpt-oss-20b's."""
+    width = 2880
+    router = moe.Router(empty(1, 32, width), empty(32, dtype=F32))
+    gate_up, down = (moe.Biased(empty(32, n, width), empty(32, n)) for n in (2 * width, width))
+    spec = MoeSpec(32, 4, bias="logits", limit=7.0, alpha=1.702)
+    return lambda: moe.moe(empty(tokens, width), MoeWeights(router, gate_up, down), spec)
 
 
 def of_latent() -> Iterator[Launch]:
