@@ -41,6 +41,8 @@ class NpuOps(TorchOps):
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, w: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if w.dtype != x.dtype:  # as of norms whose weights have an offset, which are float32
+            return Expansions.add_rms_norm(self, x, residual, w, eps)
         return calls.add_rms_norm(x, residual, w, eps)
 
     def rope(
