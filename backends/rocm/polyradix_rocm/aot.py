@@ -30,6 +30,7 @@ def served() -> Iterator[launches.Launch]:
     yield from launches.of_attention()
     yield from launches.of_experts()
     yield from launches.of_latent()
+    yield from launches.of_quantised()
 
 
 def every() -> Iterator[launches.Launch]:
