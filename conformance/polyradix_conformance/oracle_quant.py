@@ -40,3 +40,15 @@ def e4m3(code: int) -> float:
     if code & 127 == 127:
         return np.nan
     return sign * (1 + mantissa / 8 if exponent else mantissa / 4) * 2.0 ** (exponent - 7)
+
+
+def nearest_e4m3(x: Arr) -> Arr:
+    """Of two that are as near, the one with the even code; the largest for what is beyond it."""
+    values = np.array([e4m3(code) for code in range(127)])
+    size = np.minimum(np.abs(x), values[-1])
+    above = np.searchsorted(values, size)
+    below = np.maximum(above - 1, 0)
+    down, up = size - values[below], values[above] - size
+    code = np.where((down < up) | ((down == up) & (below % 2 == 0)), below, above)
+    out: Arr = np.copysign(values[code], x)
+    return out

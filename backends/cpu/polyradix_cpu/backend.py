@@ -51,7 +51,7 @@ class TorchCPUBackend(TorchBackend):
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
         caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES | QUANTS)
         if not own:
-            caps = replace(caps, features=caps.features - {"sinks"})
+            caps = replace(caps, features=caps.features - {"sinks", "kv_fp8"})
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:

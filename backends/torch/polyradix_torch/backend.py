@@ -34,7 +34,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix.backend.quant import check_quant
 from polyradix.backend.sampling import sample_host
-from polyradix_torch.host import done, to_numpy, to_torch, torch_dtype
+from polyradix_torch.host import done, kv_dtype, to_numpy, to_torch, torch_dtype
 from polyradix_torch.indexer import Indexed
 from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
@@ -91,11 +91,11 @@ class TorchBackend(ABC):
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         per_layer = spec.parts * spec.page_size * spec.kv_heads * spec.head_dim
-        return per_layer * spec.layers * int(torch_dtype(spec.dtype).itemsize)
+        return per_layer * spec.layers * int(kv_dtype(spec.dtype).itemsize)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
-        dtype = torch_dtype(spec.dtype)
+        dtype = kv_dtype(spec.dtype)
 
         def part(width: int) -> torch.Tensor:
             return torch.zeros((pages, spec.page_size, spec.kv_heads, width), dtype=dtype, device=self.device)

@@ -13,6 +13,7 @@ from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import HostArray
 
 T = TypeVar("T")
+_BITS = {np.int16: torch.int16, np.uint8: torch.uint8}
 _VIEWS: dict[Any, tuple[Any, torch.dtype]] = {
     np.dtype(ml_dtypes.bfloat16): (np.int16, torch.bfloat16),
     np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, torch.float8_e4m3fn),
@@ -24,6 +25,11 @@ def torch_dtype(name: str) -> Any:
     if name not in ("float32", "bfloat16"):
         raise Unsupported(f"dtype {name}", "expected float32 or bfloat16")
     return getattr(torch, name)
+
+
+def kv_dtype(name: str) -> torch.dtype:
+    """As torch_dtype, of what a cache may also hold."""
+    return torch.float8_e4m3fn if name == "float8_e4m3fn" else torch_dtype(name)
 
 
 def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
@@ -38,8 +44,9 @@ def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
 def to_numpy(x: torch.Tensor) -> HostArray:
     """The values of `x` on the host; shares memory with a tensor that is there already."""
     host = x.detach().cpu().contiguous()
-    if host.dtype == torch.bfloat16:
-        return np.asarray(host.view(torch.int16).numpy()).view(ml_dtypes.bfloat16)
+    for kind, (bits, dtype) in _VIEWS.items():
+        if host.dtype == dtype:
+            return np.asarray(host.view(_BITS[bits]).numpy()).view(kind)
     return np.asarray(host.numpy())
 
 

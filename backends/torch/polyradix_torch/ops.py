@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.protocol import (
+    FLOAT8_MAX,
     AttnSpec,
     Gate,
     Heads,
@@ -115,7 +116,9 @@ class TorchOps(Products):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
         for cache, new in zip(kv, (k, v), strict=True):
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, m.slots, new)
+            rows, slots = _held(new, cache.dtype), cache.view(-1, *cache.shape[2:])
+            bits = torch.uint8 if rows.dtype == torch.float8_e4m3fn else rows.dtype  # torch copies no float8 by index
+            slots.view(bits).index_copy_(0, m.slots, rows.view(bits))
         return self._read(q, kv, m, a), kv
 
     def attend_latent(
@@ -234,9 +237,16 @@ def attend_tiles(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], m: Torc
     return out.flatten(1)
 
 
+def _held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As a cache of this dtype holds it."""
+    return x.float().clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype) if dtype == torch.float8_e4m3fn else x
+
+
 def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
     """[kv_heads, tokens rounded up to whole tiles, D] float32; zeros from `length` on, where a page holds anything."""
     tokens = cache[pages].flatten(0, 1)
+    if tokens.dtype == torch.float8_e4m3fn:
+        tokens = tokens.float()
     whole = -(-length // TILE) * TILE
     if whole > len(tokens):
         tokens = F.pad(tokens, (0, 0, 0, 0, 0, whole - len(tokens)))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from polyradix.backend.capabilities import FEATURES, QUANTS, Unsupported
+from polyradix.backend.capabilities import FEATURES, KV_FP8, QUANTS, Unsupported
 from polyradix.backend.protocol import Heads, HostArray, KVSpec, Memory, ParamPart, ParamSpec
 from polyradix.backend.registry import check_drift
 from polyradix_conformance.cases import case
@@ -21,13 +21,13 @@ def methods(rig: Rig) -> None:
 
 
 def capabilities(rig: Rig) -> None:
-    caps = rig.backend.caps
+    caps, known = rig.backend.caps, FEATURES | QUANTS | {KV_FP8[0]}
     rules = (
         ("dtypes", caps.dtypes, bool(caps.dtypes) and caps.dtypes <= set(HOST), f"some of {sorted(HOST)}"),
         ("page_sizes", caps.page_sizes, bool(caps.page_sizes) and min(caps.page_sizes) > 0, "positive sizes"),
         ("max_head_dim", caps.max_head_dim, caps.max_head_dim >= 64, "at least 64"),
         ("head_dim_multiple", caps.head_dim_multiple, 64 % caps.head_dim_multiple == 0, "a divisor of 64"),
-        ("features", caps.features, caps.features <= FEATURES | QUANTS, f"some of {sorted(FEATURES | QUANTS)}"),
+        ("features", caps.features, caps.features <= known, f"some of {sorted(known)}"),
         ("step_tokens", caps.step_tokens, caps.step_tokens > 0, "a positive count"),
     )
     for name, value, good, expected in rules:

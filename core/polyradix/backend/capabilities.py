@@ -27,6 +27,7 @@ FEATURES = frozenset(
     {"window", "softcap", "sinks", "bias", "qk_norm", "gelu_tanh", "mask", "adjust", "logprobs"}
     | {"moe", "moe_bias", "moe_clamp", "mla", "indexer"}
 )
+KV_FP8 = "kv_fp8", "kv_fp8 of latent rows"  # features of a cache, see KVSpec; the latter is nobody's yet
 QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 
 
@@ -92,9 +93,10 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
 
 def check_claimed(spec: KVSpec, caps: Capabilities) -> None:
     """Raises Unsupported for a cache that `caps` does not claim."""
-    latent = spec.kind == "latent"
-    features = frozenset(name for name, on in (("mla", latent), ("indexer", spec.index)) if on)
-    needs = Needs(spec.dtype, 0 if latent else spec.head_dim, features)
+    latent, narrow = spec.kind == "latent", spec.dtype == "float8_e4m3fn"
+    wanted = ("mla", latent), ("indexer", spec.index), (KV_FP8[latent], narrow)
+    features = frozenset(name for name, on in wanted if on)
+    needs = Needs(min(caps.dtypes) if narrow else spec.dtype, 0 if latent else spec.head_dim, features)
     reasons = validate(needs, caps, spec.page_size)
     if reasons:
         raise Unsupported("KV", "; ".join(map(str, reasons)))

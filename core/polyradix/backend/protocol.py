@@ -45,6 +45,9 @@ HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DType = Literal["float32", "bfloat16"]
 HOST_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+KVDType = Literal["float32", "bfloat16", "float8_e4m3fn"]
+KV_DTYPES = {**HOST_DTYPES, "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
+FLOAT8_MAX = 448.0
 Gate = Literal["silu", "gelu_tanh"]  # x * sigmoid(x), and x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
 ParamKind = Literal[
     "embed", "linear", "linear_reduce", "norm", "rope", "logits", "router", "experts", "latent_up", "sinks"
@@ -136,13 +139,16 @@ class KVSpec:
     Parts of kind `full` are k and v. Kind `latent` has one part, the rows of `attend_latent`: kv_heads is 1 and
     head_dim is LatentSpec's rank + rope; every rank holds all of it. Rows of `attend_sparse` have `index` columns more,
     IndexSpec's dim, which head_dim includes; a backend may keep them apart.
+
+    A full cache may be float8_e4m3fn (feature kv_fp8), whatever the dtype of activations. It holds the nearest value to
+    each, ties to even, and FLOAT8_MAX or its negative for what is beyond; attention reads these, of this batch too.
     """
 
     layers: int
     kv_heads: int
     head_dim: int
     page_size: int
-    dtype: DType
+    dtype: KVDType
     kind: Literal["full", "latent"] = "full"
     index: int = 0
 

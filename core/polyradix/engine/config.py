@@ -22,6 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"
     tp: int = 1  # tensor-parallel ranks the model is split over
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"  # auto: that of activations
     load_format: Literal["auto", "dummy"] = "auto"
     max_context: int | None = None  # tokens of one sequence, prompt and output
     max_seqs: int = 64  # requests running at once

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import DeviceLost, validate
-from polyradix.backend.protocol import KV, Array, Backend, HostArray, Limits
+from polyradix.backend.protocol import KV, Array, Backend, HostArray, KVDType, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.adjust import adjustments
 from polyradix.engine.config import ConfigError, EngineConfig
@@ -68,7 +68,8 @@ class EngineCore:
         self.max_context = _max_context(config, self.spec)
         caps = self.backend.caps
         self.page_size = config.page_size or caps.page_sizes[0]
-        if reasons := validate(self.spec.needs(self.dtype), caps, self.page_size):
+        self.kv_dtype: KVDType = self.dtype if config.kv_dtype == "auto" else config.kv_dtype
+        if reasons := validate(self.spec.needs(self.dtype, self.kv_dtype), caps, self.page_size):
             raise ConfigError(f"{config.model} cannot run on {caps.name}: " + "; ".join(map(str, reasons)))
         if uneven := self.spec.uneven_split(self.backend.collectives.size):
             raise ConfigError(uneven)
@@ -124,7 +125,7 @@ class EngineCore:
 
     def _make_cache(self, config: EngineConfig, limits: Limits) -> None:
         """Sizes the cache from what is free once the largest step has run, and runs a decode of each size."""
-        spec = self.spec.kv_spec(self.page_size, self.dtype)
+        spec = self.spec.kv_spec(self.page_size, self.kv_dtype)
         self._step = self.backend.compile(make_step(self.spec), limits)
         sizes = self.backend.caps.decode_sizes
         if sizes:
@@ -275,6 +276,7 @@ class EngineCore:
             "notes": "; ".join(caps.notes),
             "architecture": self.spec.architecture,
             "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
             "max_context": self.max_context,
             "page_size": self.page_size,
             "kv_pages": self.pages - 1,

@@ -17,6 +17,7 @@ from polyradix.backend.expand import Expansions
 from polyradix.backend.protocol import (
     HOST_DTYPES,
     KV,
+    KV_DTYPES,
     AttnSpec,
     Gate,
     Heads,
@@ -153,7 +154,7 @@ class _Tally(Expansions):
         self.flops += 2 * rows * prod(w.shape) / ranks
 
     def _cache(self, rows: float, width: float, kv: KVSpec) -> None:
-        self.bytes += rows * width * HOST_DTYPES[kv.dtype].itemsize
+        self.bytes += rows * width * KV_DTYPES[kv.dtype].itemsize
 
     @property
     def _context(self) -> int:

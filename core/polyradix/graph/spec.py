@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from polyradix.backend.capabilities import Needs
-from polyradix.backend.protocol import DType, Gate, Heads, KVSpec, MoeSpec
+from polyradix.backend.capabilities import KV_FP8, Needs
+from polyradix.backend.protocol import DType, Gate, Heads, KVDType, KVSpec, MoeSpec
 from polyradix.graph import deepseek, gemma, gpt_oss
 from polyradix.graph.config import Config
 from polyradix.graph.errors import ModelError
@@ -117,7 +117,7 @@ class ModelSpec:
             return gpt_oss.gpt_oss(spec, c)
         return gemma.gemma(spec, c) if architecture in gemma.ARCHITECTURES else spec
 
-    def kv_spec(self, page_size: int, dtype: DType) -> KVSpec:
+    def kv_spec(self, page_size: int, dtype: KVDType) -> KVSpec:
         if self.latent is not None:
             a = self.latent.attention
             index = self.latent.index.dim if self.latent.index else 0
@@ -130,7 +130,7 @@ class ModelSpec:
             return asked
         return self.dtype if self.dtype in offered else "float32"
 
-    def needs(self, dtype: DType) -> Needs:
+    def needs(self, dtype: DType, kv_dtype: KVDType | None = None) -> Needs:
         wanted = {
             "bias": self.qkv_bias or self.o_bias or self.mlp_bias,
             "qk_norm": self.qk_norm,
@@ -142,6 +142,7 @@ class ModelSpec:
             "moe_clamp": self.experts is not None and self.experts.routing.limit is not None,
             "moe": self.experts is not None,
             "mla": self.latent is not None,
+            KV_FP8[self.latent is not None]: kv_dtype == "float8_e4m3fn",
             "indexer": self.latent is not None and self.latent.index is not None,
         }
         return Needs(dtype, 0 if self.latent else self.heads.dim, frozenset(name for name, on in wanted.items() if on))

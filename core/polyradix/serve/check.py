@@ -28,6 +28,7 @@ class Question:
     model: str
     device: str = "auto"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     tp: int = 1
     page_size: int | None = None
@@ -48,14 +49,15 @@ def check(q: Question) -> dict[str, Any]:
     spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
     context = _context(q, spec.max_position)
     dtype, page_size = spec.choose_dtype(q.dtype, caps.dtypes), q.page_size or caps.page_sizes[0]
-    needs, ceilings = spec.needs(dtype), find(q.peak_bandwidth, q.peak_flops, q.ceilings, dtype)
+    kv_dtype = dtype if q.kv_dtype == "auto" else q.kv_dtype
+    needs, ceilings = spec.needs(dtype, kv_dtype), find(q.peak_bandwidth, q.peak_flops, q.ceilings, dtype)
     reasons = [f"{q.model} {reason}" for reason in validate(needs, caps, q.page_size)]
     if uneven := spec.uneven_split(q.tp):
         reasons.append(uneven)
     if missing := sorted(tensor_shapes(spec).keys() - checkpoint.names):
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
     table = keep(param_specs(spec, dtype), checkpoint, spec, caps.features)
-    weights, kv = table.bytes(q.tp), spec.kv_spec(page_size, dtype)
+    weights, kv = table.bytes(q.tp), spec.kv_spec(page_size, kv_dtype)
     page = 0 if reasons else backend.kv_page_bytes(kv)
     if weights + 2 * page > memory.free:
         reasons.append(f"the weights and two KV pages take {weights + 2 * page:,} bytes; {memory.free:,} are free")

@@ -206,6 +206,21 @@ def test_one_page_pool_refuses_what_cannot_fit_and_goes_on(make: Any) -> None:
     assert _drain(core)["fits"][-1].finish == "length"
 
 
+def test_a_cache_of_float8(make: Any) -> None:
+    """Requests that are put back and computed again get the same tokens: rows are rounded before they are read."""
+    tokens = {}
+    for pages in (40, 16):
+        core = make(kv_dtype="float8_e4m3fn", kv_pages=pages)
+        assert core.info()["kv_dtype"] == "float8_e4m3fn"
+        _submit(core, 8)
+        tokens[pages] = _tokens(_drain(core))
+    assert tokens[40] == tokens[16]
+    backend = NumpyBackend("float32", False)
+    backend.caps = replace(backend.caps, features=backend.caps.features - {"kv_fp8"})
+    with pytest.raises(ConfigError, match="needs feature kv_fp8"):
+        make(kv_dtype="float8_e4m3fn", backend=backend)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -12,12 +12,13 @@ import numpy as np
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, KV_FP8, QUANTS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.launch import Launcher
 from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
     HOST_DTYPES,
     KV,
+    KV_DTYPES,
     Array,
     Collectives,
     Compiled,
@@ -62,7 +63,7 @@ class NumpyBackend:
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS,
+            features=FEATURES | QUANTS | {KV_FP8[0]},
             batch_invariant=True,
             async_launch=async_launch,
             max_tp=MAX_TP,
@@ -83,11 +84,15 @@ class NumpyBackend:
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
-        return per_token * spec.page_size * self._store[spec.dtype].itemsize
+        return per_token * spec.page_size * self._kv_dtype(spec).itemsize
+
+    def _kv_dtype(self, spec: KVSpec) -> np.dtype[Any]:
+        out: np.dtype[Any] = self._store.get(spec.dtype, KV_DTYPES[spec.dtype])
+        return out
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
-        shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._store[spec.dtype]
+        shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._kv_dtype(spec)
         return [tuple(np.zeros(shape, dtype) for _ in range(spec.parts)) for _ in range(spec.layers)]
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:

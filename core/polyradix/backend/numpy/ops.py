@@ -20,6 +20,7 @@ from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import resolve
 from polyradix.backend.numpy.moe import chosen, scores
 from polyradix.backend.protocol import (
+    FLOAT8_MAX,
     AttnSpec,
     Collectives,
     Gate,
@@ -110,8 +111,8 @@ class NumpyOps(Expansions):
         b, a = m.batch, replace(a, heads=self._local(a.heads))
         keys, values = kv
         page_size = keys.shape[1]
-        keys[b.slots // page_size, b.slots % page_size] = k
-        values[b.slots // page_size, b.slots % page_size] = v
+        keys[b.slots // page_size, b.slots % page_size] = self._held(k, keys.dtype)
+        values[b.slots // page_size, b.slots % page_size] = self._held(v, values.dtype)
         out = np.empty(q.shape, q.dtype)
         for s in range(b.num_seqs):
             pages = b.pages[s, : -(-int(b.kv_len[s]) // page_size)]
@@ -182,6 +183,11 @@ class NumpyOps(Expansions):
         gate, up = np.minimum(gate, s.limit), np.clip(up, -s.limit, s.limit)
         with np.errstate(over="ignore"):
             return _rounded(gate / (1 + np.exp(-s.alpha * gate)) * (up + 1), x)
+
+    def _held(self, x: Arr, dtype: np.dtype[Any]) -> Arr:
+        """As a cache of this dtype holds it."""
+        wide = x.astype(self._wide)
+        return (wide.clip(-FLOAT8_MAX, FLOAT8_MAX) if dtype.itemsize == 1 else wide).astype(dtype)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""
