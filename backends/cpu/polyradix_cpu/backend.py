@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -49,9 +48,8 @@ class TorchCPUBackend(TorchBackend):
             notes.append("bfloat16 weights are kept as float32: this processor does not multiply bfloat16 itself")
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
-        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, FEATURES | QUANTS)
-        if not own:
-            caps = replace(caps, features=caps.features - {"sinks", "kv_fp8"})
+        features = FEATURES | {"kv_fp8"} if own else FEATURES - {"sinks"}
+        caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, features)
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 
     def memory(self) -> Memory:
