@@ -286,6 +286,16 @@ def test_broken_tensors_are_named(tmp_path: Path, case: str) -> None:
         load(path)
 
 
+def test_biases_of_zeros_that_gptq_writers_add(tmp_path: Path) -> None:
+    path, stored, plain = make(tmp_path, "gptq")
+    bias = f"{K}.bias"
+    save_file({**stored, bias: np.zeros(16, np.float16)}, path / "model.safetensors")
+    close(load(path), load(plain))
+    save_file({**stored, bias: np.ones(16, np.float16)}, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{K}\.bias has no place"):
+        load(path)
+
+
 def test_dummy_weights_are_fp8_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": BLOCKS}))
     checkpoint, kept = open_checkpoint(str(tmp_path), load_format="dummy"), Keeping()

@@ -23,6 +23,9 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     format = _FORMATS[q.method]
     stored = format.stored(checkpoint, q)
     plain = {name for name in checkpoint.names if name.rpartition(".")[2] not in format.PARTS}
+    if q.method == "gptq":  # its writers gave every layer a bias, of zeros where the model has none
+        biases = {f"{name.removesuffix('weight')}bias" for name in stored} & plain
+        plain -= {name for name in biases if not checkpoint.read(name).any()}
 
     def read(name: str) -> HostArray:
         held = stored.get(name)
