@@ -16,7 +16,7 @@ class Quantisation:
     """`block`: rows and columns of FP8 that share a scale, None where the scale's shape says. `group`: columns of int4
     that share one, None for all. `offset`: what zero points are stored without."""
 
-    method: Literal["fp8", "awq", "gptq", "mxfp4"]
+    method: Literal["fp8", "awq", "gptq", "packed", "mxfp4"]
     block: tuple[int, int] | None = None
     group: int | None = None
     offset: int = 0
@@ -49,19 +49,23 @@ def _fp8(q: Config) -> Quantisation:
 
 
 def _compressed(q: Config) -> Quantisation:
-    """Of compressed-tensors, 8-bit floats: https://github.com/vllm-project/compressed-tensors."""
-    _only(q, format=(None, "float-quantized", "naive-quantized"))
-    groups = q.part("config_groups")
-    if not groups.values:
-        raise q.wrong("config_groups", "at least one group")
-    blocks = set()
-    for name in groups.values:
-        w = groups.part(name).part("weights")
-        _only(w, type=("float",), num_bits=(8,), strategy=("tensor", "channel", "block"), symmetric=(None, True))
-        blocks.add(_block(w, "block_structure") if w.values["strategy"] == "block" else None)
-    if len(blocks) > 1:
-        raise q.wrong("config_groups", "groups of weights that are all in blocks of one size, or none")
-    return Quantisation("fp8", blocks.pop())
+    """Of compressed-tensors, 8-bit floats and packed int4: https://github.com/vllm-project/compressed-tensors."""
+    _only(q, format=(None, "float-quantized", "naive-quantized", "pack-quantized"))
+    groups, one = q.part("config_groups"), _packed if q.values.get("format") == "pack-quantized" else _floats
+    found = {one(groups.part(name).part("weights")) for name in groups.values}
+    if len(found) != 1:
+        raise q.wrong("config_groups", "groups of weights in one format")
+    return found.pop()
+
+
+def _floats(w: Config) -> Quantisation:
+    _only(w, type=("float",), num_bits=(8,), strategy=("tensor", "channel", "block"), symmetric=(None, True))
+    return Quantisation("fp8", _block(w, "block_structure") if w.values["strategy"] == "block" else None)
+
+
+def _packed(w: Config) -> Quantisation:
+    _only(w, type=("int",), num_bits=(4,), strategy=("group", "channel"))
+    return Quantisation("packed", group=_group(w) if w.values["strategy"] == "group" else None)
 
 
 def _only(c: Config, **expected: tuple[Any, ...]) -> None:

@@ -98,6 +98,11 @@ def int4(method: str, group: int, stored_zero: int = 0, order: bool = False) -> 
         if method == "awq":
             by_column = (0, 2, 4, 6, 1, 3, 5, 7)
             parts = {"qweight": packed(codes, by_column), "qzeros": packed(kept, by_column)}
+        elif method == "packed":
+            points = np.ascontiguousarray(packed(kept, tuple(range(8))).T)
+            parts = {"packed": packed(np.ascontiguousarray(codes.T), tuple(range(8))), "zero_point": points}
+            parts |= {"g_idx": of.astype(np.int32), "scale": np.ascontiguousarray(scales.T), "shape": np.array(size)}
+            return {f"{stem}.weight_{name}": part for name, part in parts.items()}, value
         else:
             plain = tuple(range(8))
             weight = np.ascontiguousarray(packed(np.ascontiguousarray(codes.T), plain).T)
@@ -111,6 +116,11 @@ def compressed(strategy: str, **more: Any) -> dict[str, Any]:
     weights = {"type": "float", "num_bits": 8, "strategy": strategy, "symmetric": True, "dynamic": False, **more}
     group = {"weights": weights, "input_activations": {"dynamic": True}, "targets": ["Linear"]}
     return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+
+
+def packed_config(strategy: str, group: int | None) -> dict[str, Any]:
+    out = compressed(strategy, type="int", num_bits=4, group_size=group, symmetric=False)
+    return {**out, "format": "pack-quantized"}
 
 
 BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 16]}
@@ -129,6 +139,9 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
     "awq-whole": ({**AWQ, "group_size": -1}, int4("awq", -1)),
     "gptq": (GPTQ, int4("gptq", 16, stored_zero=-1)),
     "gptq-v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, int4("gptq", 16)),
+    "packed": (packed_config("group", 16), int4("packed", 16)),
+    "packed-channel": (packed_config("channel", None), int4("packed", -1)),
+    "packed-order": (packed_config("group", 16), int4("packed", 16, order=True)),
     "gptq-order": ({**GPTQ, "desc_act": True}, int4("gptq", 16, stored_zero=-1, order=True)),
 }
 
@@ -199,7 +212,7 @@ def test_a_backend_that_keeps_them_is_given_the_same_values(tmp_path: Path, form
     close(load(path, backend), load(plain))
     kept = {spec.name for spec in backend.taken if spec.quant}
     joined = {"qkv", "gate_up"} if format != "fp8-block-uneven" else set()  # its parts are no whole blocks
-    assert kept == (set() if format == "gptq-order" else {"o", "down"} | joined)
+    assert kept == (set() if format.endswith("-order") else {"o", "down"} | joined)
 
 
 @pytest.mark.parametrize(
@@ -324,6 +337,7 @@ def test_quantised_tensors_that_the_config_does_not_tell_of(tmp_path: Path) -> N
         ({**GPTQ, "group_size": 0}, "group_size is 0; expected an integer >= 1"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; expected 'gptq' or 'gptq_v2'"),
         (compressed("group"), "config_groups.group_0.weights.strategy is 'group'"),
+        ({**compressed("group", type="int", num_bits=8), "format": "pack-quantized"}, "num_bits is 8; expected 4"),
         (compressed("tensor", num_bits=4), "config_groups.group_0.weights.num_bits is 4; expected 8"),
     ],
 )

@@ -1,30 +1,40 @@
-"""AWQ and GPTQ: eight codes of 4 bits in an int32, a scale and a zero point for each group of input columns.
+"""AWQ, GPTQ and compressed-tensors' packed int4: eight codes in an int32, a scale and a zero point for each group of
+input columns. What the latter packs is what GPTQ does, transposed, its zero point 8 where there is none.
 
-Sources: AutoAWQ's awq/utils/packing_utils.py, GPTQModel's nn_modules/qlinear and utils/model.py (zero points less one).
+Sources: AutoAWQ's awq/utils/packing_utils.py, GPTQModel's nn_modules/qlinear and utils/model.py (zero points less one),
+compressed-tensors' compressors.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from polyradix.backend.protocol import HostArray, ParamPart, Quant
-from polyradix.graph.checkpoint.base import Checkpoint, Parts, Stored
+from polyradix.graph.checkpoint.base import FLOATS, Checkpoint, Parts, Stored
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.quantisation import Quantisation
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_NAMES = "qweight", "qzeros", "scales", "g_idx"
+_PACKED = "weight_packed", "weight_zero_point", "weight_scale", "weight_g_idx"
+PARTS = (*_NAMES, *_PACKED, "weight_shape")
+_EIGHTS = np.int32(-0x77777778)  # 8, eight times
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble of an int32 has column i of its eight
 _INT32 = (np.dtype(np.int32),)
 
 
 def stored(checkpoint: Checkpoint, q: Quantisation) -> dict[str, Stored]:
     """By the names that plain weights would have. Raises CheckpointError naming the tensor at fault."""
-    stems = [n.removesuffix(".qweight") for n in checkpoint.names if n.endswith(".qweight")]
-    return {f"{stem}.weight": _one(checkpoint, q, stem) for stem in stems}
+    names = _PACKED if q.method == "packed" else _NAMES
+    ending = f".{names[0]}"
+    stems = [n.removesuffix(ending) for n in checkpoint.names if n.endswith(ending)]
+    return {f"{stem}.weight": _one(checkpoint, q, *(f"{stem}.{name}" for name in names)) for stem in stems}
 
 
-def _one(checkpoint: Checkpoint, q: Quantisation, stem: str) -> Stored:
-    packed, shape = f"{stem}.qweight", checkpoint.read(f"{stem}.qweight").shape
+def _one(checkpoint: Checkpoint, q: Quantisation, packed: str, zero_points: str, scale: str, g_idx: str) -> Stored:
+    turn = -1 if q.method == "packed" else 1
+    shape = checkpoint.read(packed).shape[::turn]
     if len(shape) != 2:
         raise CheckpointError(
             f"{checkpoint.where(packed)}: tensor {packed} has shape {list(shape)}; expected two sizes"
@@ -36,10 +46,15 @@ def _one(checkpoint: Checkpoint, q: Quantisation, stem: str) -> Stored:
             f"{checkpoint.where(packed)}: tensor {packed} has {width} columns; expected whole groups of {group}"
         )
     groups = width // group
-    codes = checkpoint.tensor(packed, shape, _INT32)
-    zeros = checkpoint.tensor(f"{stem}.qzeros", (groups, -(-out // 8)), _INT32)
-    scales = checkpoint.tensor(f"{stem}.scales", (groups, out))
-    order = _group_of(checkpoint, stem, width, groups) if q.method == "gptq" else None
+
+    def tensor(name: str, shape: tuple[int, ...], dtypes: Any = FLOATS) -> HostArray:
+        value = checkpoint.tensor(name, shape[::turn], dtypes)
+        return value.T if turn < 0 else value
+
+    codes, scales, eights = tensor(packed, shape, _INT32), tensor(scale, (groups, out)), (groups, -(-out // 8))
+    none = q.method == "packed" and zero_points not in checkpoint.names
+    zeros = np.full(eights, _EIGHTS) if none else tensor(zero_points, eights, _INT32)
+    order = _group_of(checkpoint, g_idx, width, groups) if q.method != "awq" else None
 
     def parts() -> dict[ParamPart, HostArray]:
         held = _columns(codes, q) if q.method == "awq" else np.moveaxis(_nibbles(codes), 2, 1).reshape(width, out)
@@ -58,9 +73,9 @@ def _one(checkpoint: Checkpoint, q: Quantisation, stem: str) -> Stored:
     return Stored(what, codes.nbytes + zeros.nbytes + scales.nbytes, Parts(quant, parts))
 
 
-def _group_of(checkpoint: Checkpoint, stem: str, width: int, groups: int) -> HostArray | None:
+def _group_of(checkpoint: Checkpoint, name: str, width: int, groups: int) -> HostArray | None:
     """The group of each column, None if groups are the columns in their order."""
-    name, plain = f"{stem}.g_idx", np.arange(width) // (width // groups)
+    plain = np.arange(width) // (width // groups)
     if name not in checkpoint.names:
         return None
     found = checkpoint.tensor(name, (width,), _INT32)

@@ -11,7 +11,7 @@ from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.config import Config
 from polyradix.graph.quantisation import read_quantisation
 
-_FORMATS = {"fp8": fp8, "awq": int4, "gptq": int4}
+_FORMATS = {"fp8": fp8, "awq": int4, "gptq": int4, "packed": int4}
 
 
 def dequantised(checkpoint: Checkpoint) -> Checkpoint:
@@ -34,6 +34,8 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
         return dequantise(held.parts.quant, held.parts.read().__getitem__)
 
     def where(name: str) -> str:
-        return checkpoint.where(name if name in checkpoint.names else f"{name.removesuffix('weight')}qweight")
+        stem = name.removesuffix("weight")
+        held = (name, f"{stem}qweight", f"{stem}weight_packed")
+        return checkpoint.where(next(n for n in held if n in checkpoint.names))
 
     return replace(checkpoint, names=plain | stored.keys(), read=read, where=where, stored=stored)
