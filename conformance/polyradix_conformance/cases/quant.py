@@ -69,12 +69,12 @@ def pack(rig: Rig, kind: ParamKind, s: Stored, bias: Arr | None = None) -> Any:
 
 def product(rig: Rig, name: str, verb: ParamKind, rows: int = 37, biased: bool = False) -> None:
     s = stored(*BLOCKS[name], SHAPE)
-    x, exact = values("quant x", (rows, SHAPE[1]), rig.dtype), weight(s)
     bias = values("quant bias", SHAPE[:1], rig.dtype) if biased else None
+    top = {"w": pack(rig, verb, s, bias)}
+    x, exact = values("quant x", (rows, SHAPE[1]), rig.dtype), weight(s)
     truth = oracle.linear(EXACT, x, exact, bias)
     weights = exact, rounded(exact, rig.dtype)
     others = [oracle.linear(p, x, w, bias) for p in oracle.emulated(rig.dtype) for w in weights]
-    top = {"w": pack(rig, verb, s, bias)}
     got = rig.verb(lambda ops, x, top, m: getattr(ops, verb)(x, top["w"]), x, top, SHAPE[0])
     rig.close(f"{verb}, {name}, {rows} rows", got, truth, floor(truth, others, rig.dtype))
 
@@ -88,6 +88,7 @@ def counts(rig: Rig, name: str) -> None:
 def gated(rig: Rig, name: str) -> None:
     format, block = BLOCKS[name]
     s = stored(format, block, (256, SHAPE[1]), "gated")
+    top = {"w": pack(rig, "linear", s)}
     x, exact = values("quant gated x", (20, SHAPE[1]), rig.dtype), weight(s)
 
     def run(p: oracle.Precision, w: Arr) -> Arr:
@@ -95,7 +96,6 @@ def gated(rig: Rig, name: str) -> None:
 
     truth = run(EXACT, exact)
     others = [run(p, w) for p in oracle.emulated(rig.dtype) for w in (exact, rounded(exact, rig.dtype))]
-    top = {"w": pack(rig, "linear", s)}
     got = rig.verb(lambda ops, x, top, m: ops.linear_gated(x, top["w"], "silu"), x, top, 128)
     rig.close(f"linear_gated, {name}", got, truth, floor(truth, others, rig.dtype))
 
@@ -107,6 +107,8 @@ def mixture(rig: Rig, name: str, rows: int) -> None:
     channel = wide == SHAPE[1]
     up = stored(format, (tall, hidden if channel else wide), (count, 384, hidden), "up")
     down = stored(format, (tall, 192 if channel else wide), (count, hidden, 192), "down")
+    top = {"router": rig.pack("router", base.router)}
+    top |= {"up": pack(rig, "experts", up), "down": pack(rig, "experts", down)}
     exact = replace(base, gate_up=weight(up), down=weight(down))
     narrow = replace(base, gate_up=rounded(exact.gate_up, rig.dtype), down=rounded(exact.down, rig.dtype))
     x = clear_rows(values("moe x", (3 * rows + 8, hidden), rig.dtype), base, SOFTMAX)[:rows]
@@ -115,8 +117,6 @@ def mixture(rig: Rig, name: str, rows: int) -> None:
         return moe(p, x, w, SOFTMAX)
 
     truth, others = run(EXACT, exact), [run(p, w) for p in oracle.emulated(rig.dtype) for w in (exact, narrow)]
-    top = {"router": rig.pack("router", base.router)}
-    top |= {"up": pack(rig, "experts", up), "down": pack(rig, "experts", down)}
     spec = MoeSpec(SOFTMAX.experts, SOFTMAX.top_k)
 
     def verb(ops: Any, x: Any, top: dict[str, Any], m: Any) -> Any:
