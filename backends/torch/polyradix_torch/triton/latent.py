@@ -1,8 +1,8 @@
 """Latent attention (MLA) over a paged cache of rows [pages,page,1,R+rope], in two forms (DeepSeek-V2, 2405.04434).
 
 Absorbed, for sequences of up to FEW new rows: `_prepare` takes queries through K of `up`, `_absorbed` reads each cached
-row once, as key and as value, for many heads (split as in Flash-Decoding), and `_finish` joins the parts and takes them
-through V. Expanded, for the others: keys and values of all heads are made by one product, and attention is ordinary.
+row once, as key and as value, for many heads (split as in Flash-Decoding), `_join` joins the parts, and `_finish` takes
+them through V. Expanded, for the others: one product makes keys and values of all heads, and attention is ordinary.
 `up` is [H,nope+v,R] in the dtype of q.
 """
 
@@ -142,15 +142,19 @@ def _absorbed(
     mine = (first + i < count) & (h < H)
     r, d = tl.arange(0, RP), tl.arange(0, OP)
     query = (place + i).to(tl.int64) * H + h
+    to = query * splits + split
+    keys = tl.minimum(old + TOKENS, n)
+    share = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
+    end = tl.minimum(split * share + share, keys)
+    if split * share >= end:
+        tl.store(lse + to, -float("inf"), mask=mine)
+        return
     inside = mine[:, None] & (r < R)[None, :]
     q = tl.load(absorbed + query[:, None] * R + r[None, :], mask=inside, other=0.0)
     inside = mine[:, None] & (d < ROPE)[None, :]
     token = (q0 + first + i).to(tl.int64) * H + h
     q_rope = tl.load(turned + token[:, None] * ROPE + d[None, :], mask=inside, other=0.0)
     unit = _unit(scale, attn_scale, floor_scale, position)
-    keys = tl.minimum(old + TOKENS, n)
-    share = tl.cdiv(tl.cdiv(keys, splits), 16) * 16
-    end = tl.minimum(split * share + share, keys)
     own = pages + tl.load(page_start + s)
     top = tl.full((TOKENS * HEADS,), -1e30, tl.float32)
     total = tl.zeros((TOKENS * HEADS,), tl.float32)
@@ -173,37 +177,44 @@ def _absorbed(
         acc = _dot(tl.trans(c), p.to(c.dtype), acc * fix[None, :], PRECISION)
         top = new
     some = tl.maximum(total, 1e-30)
-    to = query * splits + split
     inside = (r < R)[:, None] & mine[None, :]
-    tl.store(part + to[None, :] * R + r[:, None], acc / some[None, :], mask=inside)
+    tl.store(part + to[None, :] * R + r[:, None], (acc / some[None, :]).to(part.dtype.element_ty), mask=inside)
     tl.store(lse + to, tl.where(total > 0, top + tl.log2(some), -float("inf")), mask=mine)
 
 
-@triton.jit(do_not_specialize=["A", "splits"], do_not_specialize_on_alignment=PLAN)
-def _finish(
-    part, lse, up, out, tokens, A, H, splits, R: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, MOST: tl.constexpr,
-    ROWS: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+@triton.jit(do_not_specialize=["splits"])
+def _join(
+    part, lse, mean, splits, R: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The parts of ROWS rows of a head, weighed, times WIDE rows of its V."""
+    """WIDE columns of the parts of one head of one row, weighed; parts without keys hold anything."""
+    start(EARLY)
+    place, s = tl.program_id(0).to(tl.int64), tl.arange(0, MOST)
+    r = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
+    logs = tl.load(lse + place * splits + s, mask=s < splits, other=-float("inf"))
+    weight = tl.exp2(logs - tl.max(logs, 0))
+    inside = (weight > 0)[:, None] & (r < R)[None, :]
+    x = tl.load(part + (place * splits + s)[:, None] * R + r[None, :], mask=inside, other=0.0)
+    result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
+    tl.store(mean + place * R + r, result.to(mean.dtype.element_ty), mask=r < R)
+
+
+@triton.jit(do_not_specialize=["A"], do_not_specialize_on_alignment=PLAN)
+def _finish(
+    mean, up, out, tokens, A, H, R: tl.constexpr, NOPE: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of a head, times WIDE rows of its V."""
     start(EARLY)
     a, h = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
-    v, s = tl.program_id(2) * WIDE + tl.arange(0, WIDE), tl.arange(0, MOST)
-    place = (a.to(tl.int64) * H + h) * splits
-    inside = (a < A)[:, None] & (s < splits)[None, :]
-    logs = tl.load(lse + place[:, None] + s[None, :], mask=inside, other=-float("inf"))
-    top = tl.maximum(tl.max(logs, 1), -1e30)  # rows beyond A have none
-    total = tl.maximum(tl.sum(tl.exp2(logs - top[:, None]), 1), 1e-30)
+    v = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
+    row = mean + ((a.to(tl.int64) * H + h) * R)[:, None]
+    weight = up + ((h * (NOPE + V) + NOPE + v) * R)[:, None]
     acc = tl.zeros((ROWS, WIDE), tl.float32)
     for k in range(0, R, CHUNK):
-        r = k + tl.arange(0, CHUNK)
-        at = up + (h * (NOPE + V) + NOPE + v)[:, None] * R + r[None, :]
-        w = tl.load(at, mask=(v < V)[:, None] & (r < R)[None, :], other=0.0)
-        mean = tl.zeros((ROWS, CHUNK), tl.float32)
-        for i in range(splits):
-            weight = tl.exp2(tl.load(lse + place + i, mask=a < A, other=-float("inf")) - top) / total
-            row = part + (place + i)[:, None] * R + r[None, :]
-            mean += weight[:, None] * tl.load(row, mask=(a < A)[:, None] & (r < R)[None, :], other=0.0)
-        acc = _dot(mean.to(w.dtype), tl.trans(w), acc, PRECISION)
+        r = (k + tl.arange(0, CHUNK))[None, :]
+        x = tl.load(row + r, mask=(a < A)[:, None] & (r < R), other=0.0)
+        w = tl.load(weight + r, mask=(v < V)[:, None] & (r < R), other=0.0)
+        acc = _dot(x, tl.trans(w), acc, PRECISION)
     token = tl.load(tokens + a, mask=a < A, other=0).to(tl.int64)
     to = out + ((token * H + h) * V)[:, None] + v[None, :]
     tl.store(to, acc.to(out.dtype.element_ty), mask=(a < A)[:, None] & (v < V)[None, :])
@@ -314,15 +325,22 @@ def attend(
         **early(q.device), num_warps=warps,
     )  # fmt: skip
     if count:
-        part = torch.empty(count, heads, splits, a.rank, dtype=torch.float32, device=q.device)
-        lse = torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
+        mean = torch.empty_like(absorbed)
+        part, lse = mean, torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
+        if splits > 1:
+            part = torch.empty(count, heads, splits, a.rank, dtype=torch.float32, device=q.device)
         for tokens, items in ((1, at.single), (TOKENS, x.few)):
             if len(items):
                 _launch_absorbed(absorbed, turned, cache, part, lse, items, tokens, at, a)
+        chunk = min(256 // q.element_size(), _padded(a.rank))
+        if splits > 1:
+            _join[(count * heads, triton.cdiv(a.rank, chunk))](
+                part, lse, mean, splits, a.rank, chunk, triton.next_power_of_2(splits), **early(q.device), num_warps=2
+            )
         wide = 32 if count <= 16 else 64
         _finish[(triton.cdiv(count, 16), heads, triton.cdiv(a.v, wide))](
-            part, lse, w.up, out, x.tokens, count, heads, splits, a.rank, a.nope, a.v, MOST_SPLITS, 16, wide,
-            min(128, _padded(a.rank)), _precision(q), **early(q.device), num_warps=4,
+            mean, w.up, out, x.tokens, count, heads, a.rank, a.nope, a.v, 16, wide, chunk, _precision(q),
+            **early(q.device), num_warps=4, num_stages=4,
         )  # fmt: skip
     if len(at.tiles):
         _expand(q, turned, cache, out, at, x, w.up, a, prefill_plan(q))
@@ -333,7 +351,7 @@ def _launch_absorbed(
     absorbed: torch.Tensor, turned: torch.Tensor, cache: torch.Tensor, part: torch.Tensor, lse: torch.Tensor,
     items: torch.Tensor, tokens: int, at: Paged, a: LatentSpec,
 ) -> None:  # fmt: skip
-    _, heads, splits, rank = part.shape
+    (_, heads, splits), rank = lse.shape, absorbed.shape[2]
     size = absorbed.element_size()
     columns = max(16, min(COLUMNS[size], tokens * triton.next_power_of_2(heads)))
     together, plan = columns // tokens, cut(absorbed.device, "absorbed", f"{size} x {columns}", DECODE[size, columns])
