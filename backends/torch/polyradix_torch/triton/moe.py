@@ -20,7 +20,7 @@ from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
 from polyradix_torch.triton.rows import silu
-from polyradix_torch.triton.skinny import TUNED, name_of
+from polyradix_torch.triton.skinny import TUNED, ask, name_of
 
 LOWEST = tl.constexpr(-3.0e38)  # a choice value that loses to any other, and wins against what is chosen already
 
@@ -104,19 +104,22 @@ def _logits(
     x, w, out, counts, T, E, H,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    start(EARLY)
     t, e = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    experts = w + tl.minimum(e, E - 1) * H
+    if EARLY and x.dtype.element_ty == tl.bfloat16:  # the weight is asked for before x is there
+        for part in tl.static_range(PARTS):
+            ask(experts + part * E * H, H, 0, H)
+    start(EARLY)
     if tl.program_id(0) == 0:
         tl.store(counts + e, 0, mask=e < E)
     rows = x + tl.minimum(t, T - 1).to(tl.int64)[:, None] * H
-    experts = w + tl.minimum(e, E - 1)[:, None] * H
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, H, DEPTH):
         c = k + tl.arange(0, DEPTH)[None, :]
         a = tl.load(rows + c, mask=c < H, other=0.0)
         whole = tl.zeros((COLUMNS, DEPTH), tl.float32)
         for part in tl.static_range(PARTS):
-            b = tl.load(experts + part * E * H + c, mask=c < H, other=0.0)
+            b = tl.load(experts[:, None] + part * E * H + c, mask=c < H, other=0.0)
             if x.dtype.element_ty == tl.float32:
                 whole += b.to(tl.float32)
             else:

@@ -46,7 +46,7 @@ class Tile:
 
 
 @triton.jit
-def _ask(w, K, begin, ahead):
+def ask(w, K, begin, ahead):
     """Brings `ahead` columns of rows `w` into the L2 cache, by lines of 128 bytes."""
     for c in range(0, ahead, 256):
         at = w[:, None] + tl.minimum(begin + c + tl.arange(0, 4) * 64, K - 1)[None, :]
@@ -122,7 +122,7 @@ def _product(
     mine, given = w + row * K, x + tl.minimum(m, M - 1) * K
     if EARLY:  # only the weight may be read before the wait, and nothing may be written
         cuda.gdc_launch_dependents()
-        _ask(mine, K, begin, ahead)
+        ask(mine, K, begin, ahead)
         cuda.gdc_wait()
     if DOT:
         total = _units(given, mine, K, begin, end, MP, ROWS, COLUMNS, STAGES, EVEN)
