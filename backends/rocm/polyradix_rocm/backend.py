@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,8 @@ from polyradix_torch.errors import all_told
 from polyradix_torch.gpu import GpuBackend, use_gpu
 from polyradix_torch.ops import TorchMeta
 from polyradix_torch.triton.ops import GpuMeta, TritonOps
+
+log = logging.getLogger(__name__)
 
 
 class AiterHost(TorchBackend):
@@ -117,10 +120,15 @@ def create(capture: bool, index: int) -> Backend:
     try:
         found = installed(arch)
     except NoAiter as error:
-        return RocmBackend(index, capture, None, f"Triton for every verb: {error}")
-    aiter = Aiter(found)
-    fallen = [f"Triton instead of {why}" for why in quick(aiter, f"cuda:{index}")]
-    return RocmBackend(index, capture, aiter, "; ".join([summary(found), *fallen]))
+        aiter, notes = None, [f"Triton for every verb: {error}"]
+    else:
+        aiter = Aiter(found)
+        notes = [f"Triton instead of {why}" for why in quick(aiter, f"cuda:{index}")]
+        notes.insert(0, summary(found))
+    note = "; ".join(notes)
+    if aiter is None or aiter.unfit:
+        log.warning("%s", note)
+    return RocmBackend(index, capture, aiter, note)
 
 
 def emulate(arch: str, version: str, platform: str) -> Backend:

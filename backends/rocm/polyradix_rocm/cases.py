@@ -51,8 +51,8 @@ SERVING = Shapes(2048, 64, 4096, (32, 8), (64, 6, 1408), 2048, (16, 32, 64, 128)
 
 
 class Inputs:
-    def __init__(self, device: str, fp8: torch.dtype) -> None:
-        self.device, self.fp8, self._random = device, fp8, torch.Generator().manual_seed(0)
+    def __init__(self, device: str) -> None:
+        self.device, self._random = device, torch.Generator().manual_seed(0)
 
     def values(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(shape, generator=self._random) * scale).bfloat16().to(self.device)
@@ -72,7 +72,7 @@ class Inputs:
 
 def cases(s: Shapes, device: str, fp8: torch.dtype) -> Iterator[Case]:
     """`fp8` is the chip's type. Inputs are made when a case is asked for."""
-    x = Inputs(device, fp8)
+    x = Inputs(device)
     yield from _rows(s, x)
     yield from _attention(s, x)
     yield from _experts(s, x)

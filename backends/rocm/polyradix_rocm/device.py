@@ -26,7 +26,7 @@ class Entry:
             return Found(False, f"{' and '.join(missing)} not installed")
         if DRIVER.exists():
             return Found(True, f"AMD driver found ({DRIVER})", rank=20)
-        detail = f"no AMD driver ({DRIVER}); runs with AITER simulated with --emulate"
+        detail = f"no AMD driver ({DRIVER}); AITER can be simulated"
         return Found(True, detail, rank=-1, emulated=True, options={"simulate": "gfx942"})
 
     def create(

@@ -11,7 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from polyradix.backend.registry import DeviceUnavailable, open_backend
-from polyradix_rocm import device, entry
+from polyradix_rocm import backend, device, entry
+from polyradix_rocm.aiter.installed import Installed, NoAiter
+from polyradix_rocm.aiter.signatures import recorded
 
 
 def test_import_and_probe_load_no_framework() -> None:
@@ -24,7 +26,7 @@ def test_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device, "DRIVER", tmp_path / "kfd")
     found = entry.probe()
     assert (found.available, found.emulated, found.rank) == (True, True, -1)
-    assert found.detail.startswith(f"no AMD driver ({tmp_path / 'kfd'}); runs with AITER simulated")
+    assert found.detail.startswith(f"no AMD driver ({tmp_path / 'kfd'}); AITER can be simulated")
     with pytest.raises(DeviceUnavailable, match=r"device 'rocm' cannot be used: no AMD driver .* with --emulate"):
         open_backend("rocm")
     (tmp_path / "kfd").touch()
@@ -77,3 +79,40 @@ def test_emulated_says_so() -> None:
     backend = open_backend("rocm", emulate=True, simulate="gfx950", aiter="0.1.10", platform="cpu")
     assert (backend.caps.emulated, backend.caps.device) == (True, "CPU, as gfx950")
     assert backend.caps.notes == ("AITER 0.1.10 for gfx950 is simulated: no kernel of AMD's runs",)
+
+
+@pytest.fixture
+def amd(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU that passes for AMD's; `create` gives what RocmBackend would be made with."""
+    for name, value in {
+        "check_torch": lambda torch: None,
+        "use_gpu": lambda index: None,
+        "arch_of": lambda torch, index: "gfx942",
+        "RocmBackend": lambda *given: given,
+    }.items():
+        monkeypatch.setattr(backend, name, value)
+    return monkeypatch
+
+
+def test_without_aiter(amd: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def none(arch: str) -> Installed:
+        raise NoAiter("amd-aiter is not installed: install it")
+
+    amd.setattr(backend, "installed", none)
+    note = "Triton for every verb: amd-aiter is not installed: install it"
+    assert entry.create(index=3, capture=False) == (3, False, None, note)
+    assert [r.getMessage() for r in caplog.records] == [note]
+
+
+def test_with_aiter(amd: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """What does not bind and what fails is said."""
+    signatures = {**recorded("0.1.20"), "aiter.mla.mla_decode_fwd": recorded("0.1.20")["aiter.fused_moe.fused_moe"]}
+    amd.setattr(backend, "installed", lambda arch: Installed("0.1.20", arch, signatures, "0.1.21"))
+    amd.setattr(backend, "quick", lambda aiter, device: [f"rope on {device}: wrong"])
+    index, capture, aiter, note = entry.create()
+    assert (index, capture, aiter.unfit.keys()) == (0, True, {"mla_decode_fwd"})
+    assert note.startswith(
+        "amd-aiter 0.1.21, unknown, called as 0.1.20: run polyradix-rocm selftest; not used: aiter.mla"
+    )
+    assert note.endswith("; Triton instead of rope on cuda:0: wrong")
+    assert [r.getMessage() for r in caplog.records] == [note]

@@ -15,12 +15,13 @@ import pytest
 from polyradix_rocm.aiter import installed, signatures
 from polyradix_rocm.aiter.calls import CALLS, PATHS, misfit
 from polyradix_rocm.aiter.signatures import parsed, read_all, recorded, text
+from polyradix_rocm.device import VERSIONS
 
 TOO_OLD = {"get_mla_metadata_v1", "mha_batch_prefill_func"}  # of 0.1.7
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("version", installed.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_call_fits(version: str, name: str) -> None:
     assert misfit(name, recorded(version)) is None
 
@@ -84,7 +85,7 @@ def test_an_empty_one_is_refused(site: Path) -> None:
         installed.installed("gfx942")
 
 
-@pytest.mark.parametrize("version", installed.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_version_is_told_by_signatures(site: Path, version: str) -> None:
     install(site, "amd-aiter", "77", recorded(version))
     found = installed.installed("gfx950")

@@ -12,9 +12,9 @@ from typing import Any
 
 from polyradix_rocm.aiter.calls import CALLS, misfit
 from polyradix_rocm.aiter.signatures import Signatures, read_all, recorded
+from polyradix_rocm.device import VERSIONS
 
 PACKAGE, FOREIGN = "amd-aiter", "aiter"  # the second is an asyncio helper on PyPI
-VERSIONS = ("0.1.10", "0.1.20")
 REMEDY = (
     f"install {PACKAGE} from github.com/ROCm/aiter, v{VERSIONS[0]} or v{VERSIONS[1]} (never `pip install {FOREIGN}`)"
 )
