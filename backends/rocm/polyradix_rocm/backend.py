@@ -46,16 +46,17 @@ class AiterHost(TorchBackend):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        if isinstance(self.ops, AiterVerbs):
+        self._verbs = self.ops if isinstance(self.ops, AiterVerbs) else None  # which `ops` may come to wrap
+        if self._verbs:
             self.wide = frozenset()
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         plain = super()._experts(spec, weight, bias)
-        return Experts(weight, plain) if bias is None and isinstance(self.ops, AiterVerbs) else plain
+        return Experts(weight, plain) if bias is None and self._verbs else plain
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         plain = super()._router(spec, weight, bias)
-        return Router(weight, bias, plain) if isinstance(self.ops, AiterVerbs) else plain
+        return Router(weight, bias, plain) if self._verbs else plain
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         self._page_size = spec.page_size
@@ -63,17 +64,15 @@ class AiterHost(TorchBackend):
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
         meta = super().prepare(batch, prev)
-        if not isinstance(self.ops, AiterVerbs) or not isinstance(meta, GpuMeta | TorchMeta):
-            return meta
-        if isinstance(meta, TorchMeta):
+        if self._verbs and isinstance(meta, TorchMeta):
             return PlannedTorchMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
-        if batch.num_tokens == batch.num_seqs:
-            return meta  # decodes, captured or not, are planned on the device
-        return PlannedMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
+        if self._verbs and isinstance(meta, GpuMeta) and batch.num_tokens > batch.num_seqs:
+            return PlannedMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
+        return meta  # decodes on a GPU, captured or not, are planned there
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
-        if isinstance(self.ops, AiterVerbs):
-            self.ops.most = limits.max_context
+        if self._verbs:
+            self._verbs.most = limits.max_context
         return super().compile(step, limits)
 
 

@@ -8,7 +8,7 @@ import pytest
 from whole import MODELS, TOKENS, answers, core, follow, prompts
 
 from polyradix.backend.registry import open_backend
-from polyradix_rocm.ops import AiterVerbs
+from polyradix_rocm.backend import CpuBackend
 from polyradix_rocm.simulator import Simulator
 
 BOUND = 0.05  # of log-probabilities, in bfloat16
@@ -25,17 +25,32 @@ CALLED = {
 }
 
 
+def run(name: str, arch: str, version: str, folder: Path) -> tuple[float, set[str]]:
+    """The share of tokens that are the CPU backend's, and the calls that were made."""
+    config = MODELS[name]
+    asked = [(prompt, TOKENS) for prompt in prompts(config["vocab_size"])]
+    reference = answers(core(open_backend("cpu", kernels="torch"), config, folder), asked)
+    backend = open_backend("rocm", emulate=True, simulate=arch, aiter=version, platform="cpu")
+    share = follow(core(backend, config, folder), reference, BOUND)
+    assert isinstance(backend, CpuBackend)
+    assert backend._verbs is not None
+    simulator = backend._verbs.aiter.provider
+    assert isinstance(simulator, Simulator)
+    return share, set(simulator.calls)
+
+
 @pytest.mark.parametrize(("name", "arch", "version"), [
     ("llama", "gfx942", "0.1.20"), ("qwen3-moe", "gfx950", "0.1.10"),
     ("deepseek-v3", "gfx942", "0.1.10"), ("deepseek-v2", "gfx950", "0.1.20"),
 ])  # fmt: skip
 def test_greedy_tokens(name: str, arch: str, version: str, tmp_path: Path) -> None:
-    config = MODELS[name]
-    asked = [(prompt, TOKENS) for prompt in prompts(config["vocab_size"])]
-    reference = answers(core(open_backend("cpu", kernels="torch"), config, tmp_path), asked)
-    backend = open_backend("rocm", emulate=True, simulate=arch, aiter=version, platform="cpu")
-    assert follow(core(backend, config, tmp_path), reference, BOUND) > 0.9
-    ops = backend.ops
-    assert isinstance(ops, AiterVerbs)
-    assert isinstance(ops.aiter.provider, Simulator)
-    assert ops.aiter.provider.calls.keys() == CALLED[name]
+    share, calls = run(name, arch, version, tmp_path)
+    assert share > 0.9
+    assert calls == CALLED[name]
+
+
+def test_without_fused_verbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYRADIX_EXPAND", "all")
+    share, calls = run("llama", "gfx942", "0.1.20", tmp_path)
+    assert share > 0.9
+    assert calls == CALLED["llama"] - {"rmsnorm2d_fwd_with_add"}
