@@ -27,7 +27,7 @@ class Entry:
             count = len(list((ROOT / "dev").glob("davinci[0-9]*")))
             return Found(True, f"CANN and {count} Ascend device(s) found", rank=25)
         if (_installed("torch-npu") and _installed("torch")) and which("gcc") and which("nm"):
-            detail = f"{missing}; runs emulated with --emulate"
+            detail = f"{missing}; it runs emulated here"
             return Found(True, detail, rank=-1, emulated=True, options={"emulated": True})
         return Found(False, missing)
 
