@@ -102,24 +102,36 @@ static void columns(const Op& o, const bf16* a, int64_t tile, int64_t r0, int ro
 }
 #endif
 
+// A product of `m` <= MAX_ROWS rows with the 32 columns of a tile; `first` reads the weight ahead.
+template <class P, class T>
+static void columns_part(int m, bool first, const P* x, int64_t lda, const T* w, int depth, float* c) {
+    const void *at = w, *ahead = (const char*)w + 2048;
+    Segments s{&at, &ahead, 1, depth, 32};
+    if (m * 2 <= MAX_ROWS)  // few rows: all 32 columns at once
+        return micro_rows<T, 2 * V16, 2, MAX_ROWS / 2>(m, x, lda, s, 0, c, 32, false);
+    if (V16 == 1) return micro_rows<T, 2 * V16, 2>(m, x, lda, s, 0, c, 32, false);
+    if (first)
+        micro_rows<T, V16, 2>(m, x, lda, s, 0, c, 32, false);
+    else
+        micro_rows<T, V16, 0>(m, x, lda, s, 0, c, 32, false);
+    micro_rows<T, V16, 0>(m, x, lda, s, 16, c + 16, 32, false);
+}
+
+// Sums of bf16 products that stay float32, of logits, are made of shorter chains: one chain is as far off as its length.
+static constexpr int64_t CHAIN = 64;
+
 template <class P, class T>
 static void columns(const Op& o, const P* a, int64_t lda, int64_t tile, int64_t r0, int rows, const T* all) {
-    alignas(64) float c[MAX_ROWS * 32];
-    const void *w = all + tile * 32 * o.n[0], *ahead = (const char*)w + 2048;
-    Segments s{&w, &ahead, 1, (int)o.n[0], 32};
+    alignas(64) float c[MAX_ROWS * 32], part[MAX_ROWS * 32];
+    const int64_t K = o.n[0], chain = sizeof(T) == 2 && o.n[5] && K > CHAIN ? CHAIN : K;
+    const T* w = all + tile * 32 * K;
     for (int r = 0; r < rows; r += MAX_ROWS) {
-        int m = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
-        const P* x = a + r * lda;
-        if (m * 2 <= MAX_ROWS)  // few rows: all 32 columns at once
-            micro_rows<T, 2 * V16, 2, MAX_ROWS / 2>(m, x, lda, s, 0, c, 32, false);
-        else if (V16 == 1)
-            micro_rows<T, 2 * V16, 2>(m, x, lda, s, 0, c, 32, false);
-        else {
-            if (r == 0)  // the weight comes from memory: read ahead for both halves
-                micro_rows<T, V16, 2>(m, x, lda, s, 0, c, 32, false);
-            else
-                micro_rows<T, V16, 0>(m, x, lda, s, 0, c, 32, false);
-            micro_rows<T, V16, 0>(m, x, lda, s, 16, c + 16, 32, false);
+        const int m = rows - r < MAX_ROWS ? rows - r : MAX_ROWS;
+        columns_part(m, r == 0, a + r * lda, lda, w, (int)chain, c);
+        for (int64_t k = chain; k < K; k += chain) {
+            const int64_t depth = K - k < chain ? K - k : chain;
+            columns_part(m, r == 0, a + r * lda + k, lda, w + k * 32, (int)depth, part);
+            for (int j = 0; j < m * 32; j += W) st(c + j, add(ld(c + j), ld(part + j)));
         }
         store_any(o, c, tile, r0 + r, m);
     }
