@@ -16,6 +16,7 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
+from polyradix_rocm.slots import slots_of
 from polyradix_torch.triton import launches
 from polyradix_torch.triton.aot import Chip, report
 
@@ -31,6 +32,9 @@ def served() -> Iterator[launches.Launch]:
     yield from launches.of_experts()
     yield from launches.of_latent()
     yield from launches.of_quantised()
+    yield from launches.of_indexer()
+    keys = launches.integers
+    yield "64 of 8192 keys", lambda: slots_of(keys(1 << 16), keys(64), keys(65), 16, 8192)
 
 
 def every() -> Iterator[launches.Launch]:
