@@ -1,4 +1,4 @@
-"""What every verb must compute, in plain NumPy loops. Imports no backend.
+"""What every verb must compute, in plain NumPy. Imports no backend.
 
 Each function runs at a Precision: EXACT is float64 without rounding, the truth; `emulated(dtype)` are float32 with
 sequential sums, rounded wherever the contract's expansion rounds, which show how far an honest implementation may be
@@ -8,8 +8,10 @@ from the truth. Values are float64 arrays that hold numbers of the tested dtype.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -31,18 +33,28 @@ def rounded(x: Any, dtype: str) -> Arr:
 class Precision:
     wide: Any
     round: Callable[[Arr], Arr]
-    order: int = 1  # -1 sums from the end
+    order: int = 1  # -1 sums from the end, 0 in any order
 
     def take(self, *arrays: Any) -> tuple[Arr, ...]:
         return tuple(np.asarray(a).astype(self.wide) for a in arrays)
 
     def total(self, terms: Arr) -> Arr:
         """Sum over the last axis, one term after the other."""
+        if not self.order:
+            return np.asarray(terms.sum(axis=-1))
         out: Arr = np.cumsum(terms[..., :: self.order], axis=-1, dtype=self.wide)[..., -1]
         return out
 
+    def product(self, x: Arr, w: Arr) -> Arr:
+        """x [...,N,I] and w [...,O,I] -> [...,N,O], unrounded: each number is the total of I products."""
+        if not self.order:
+            return x @ w.swapaxes(-1, -2)
+        columns = (np.ascontiguousarray(np.moveaxis(a, -1, 0)[:: self.order]) for a in (x, w))
+        terms = (a[..., :, None] * b[..., None, :] for a, b in zip(*columns, strict=True))
+        return reduce(operator.iadd, terms)
 
-EXACT = Precision(np.float64, lambda x: x)
+
+EXACT = Precision(np.float64, lambda x: x, 0)
 
 
 def emulated(dtype: str) -> tuple[Precision, ...]:
@@ -52,8 +64,7 @@ def emulated(dtype: str) -> tuple[Precision, ...]:
 
 def linear(p: Precision, x: Arr, w: Arr, bias: Arr | None = None, final: bool = False) -> Arr:
     """x [T,I], w [O,I]; `final` keeps float32, as logits do."""
-    x, w = p.take(x, w)
-    out = np.array([p.total(row * w) for row in x])
+    out = p.product(*p.take(x, w))
     if bias is not None:
         out = out + bias.astype(p.wide)
     return out if final else p.round(out)
@@ -88,16 +99,9 @@ def capped(p: Precision, x: Arr, cap: float | None) -> Arr:
 
 def rope(p: Precision, x: Arr, table: Arr, positions: Arr) -> Arr:
     """x [T,heads,D]; table [positions,D], cos then sin. Dimension i turns with dimension i + D/2."""
-    x, table = p.take(x, table)
-    half = x.shape[-1] // 2
-    out = np.empty_like(x)
-    for t, position in enumerate(positions):
-        cos, sin = table[position, :half], table[position, half:]
-        for h in range(x.shape[1]):
-            a, b = x[t, h, :half], x[t, h, half:]
-            out[t, h, :half] = a * cos - b * sin
-            out[t, h, half:] = b * cos + a * sin
-    return p.round(out)
+    x, turns = p.take(x, table[positions, None])
+    (a, b), (cos, sin) = np.split(x, 2, axis=-1), np.split(turns, 2, axis=-1)
+    return p.round(np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1))
 
 
 @dataclass(frozen=True)
@@ -111,22 +115,22 @@ class Attention:
 def attend(p: Precision, q: Arr, k: Arr, v: Arr, a: Attention) -> Arr:
     """Causal attention of one sequence: k and v [L,Hk,D], row t at position t, and q [T,Hq,D], the last T of L. Query
     head h reads key head h // (Hq / Hk)."""
-    q, k, v = p.take(q, k, v)
-    group = q.shape[1] // k.shape[1]
-    out = np.empty_like(q)
-    for row in range(len(q)):
-        t = len(k) - len(q) + row
-        first = 0 if a.window is None else max(0, t - a.window + 1)
-        for h in range(q.shape[1]):
-            keys, values = k[first : t + 1, h // group], v[first : t + 1, h // group]
-            score = p.total(q[row, h] * keys) * p.wide(a.scale)
-            score = capped(p, score, a.softcap)
-            sink = p.wide(a.sinks[h] if a.sinks else -np.inf)
-            top = max(score.max(), sink)
-            e = np.exp(score - top)
-            weighted = p.round(e)[:, None].astype(p.wide) * values  # kernels may round the weights to the dtype
-            out[row, h] = p.total(weighted.T) / (p.total(e) + np.exp(sink - top))
-    return p.round(out)
+    length, group = len(k), q.shape[1] // k.shape[1]
+    q, k, v = (x.swapaxes(0, 1) for x in p.take(q, np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)))
+    ago = np.arange(length - q.shape[1], length)[:, None] - np.arange(length)
+    score = capped(p, p.product(q, k) * p.wide(a.scale), a.softcap)
+    sink = np.array(a.sinks or (-np.inf,), p.wide)[:, None]
+    return p.round(softmax_mean(p, score, (ago >= 0) & (ago < (a.window or length)), v, sink).swapaxes(0, 1))
+
+
+def softmax_mean(p: Precision, score: Arr, seen: Arr, values: Arr, sink: Any = -np.inf) -> Arr:
+    """Means of values [...,L,D] by exp(score [...,T,L]) where `seen` [T,L]; `sink` has a weight and no value."""
+    score = np.where(seen, score, p.wide(-np.inf))
+    top = np.maximum(score.max(axis=-1), sink)
+    e = np.exp(score - top[..., None])
+    weights = p.round(e).astype(p.wide)  # kernels may round the weights to the dtype
+    out: Arr = p.product(weights, values.swapaxes(-1, -2)) / (p.total(e) + np.exp(sink - top))[..., None]
+    return out
 
 
 def logprobs(p: Precision, x: Arr) -> Arr:

@@ -15,7 +15,7 @@ from polyradix_conformance.oracle import Arr, Precision
 
 def all_reduce(p: Precision, xs: Sequence[Arr]) -> list[Arr]:
     (total,) = p.take(np.zeros_like(xs[0]))
-    for x in xs[:: p.order]:
+    for x in xs[:: p.order or 1]:
         total = p.round(total + x.astype(p.wide)).astype(p.wide)
     return [total.astype(np.float64)] * len(xs)
 

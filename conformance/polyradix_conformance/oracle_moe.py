@@ -1,4 +1,4 @@
-"""What `moe` must compute, one token at a time, in plain loops. Imports no backend. See oracle.py."""
+"""What `moe` must compute, one expert after the other, in plain NumPy. Imports no backend. See oracle.py."""
 
 from __future__ import annotations
 
@@ -44,18 +44,28 @@ class Experts:
 
 def moe(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
     """[T,H] -> [T,H]. Rounds between the products, and each expert's output, which is as much as a kernel may."""
-    return p.round(np.array([_token(p, row, w, r) for row in x]))
+    score = scores(p, x, w, r)
+    ids = np.array([route(row, w.choice_bias(r), r) for row in score])
+    weights = np.take_along_axis(score, ids, axis=1)
+    if r.renormalise:
+        weights = weights / (p.total(weights) + p.wide(1e-20))[:, None]
+    weights = weights * p.wide(r.scale)
+    parts = np.empty((*ids.shape, w.down.shape[1]), p.wide)
+    for e in np.unique(ids):
+        rows, places = np.nonzero(ids == e)
+        parts[rows, places] = _expert(p, x[rows], w, e, r)
+    return p.round(p.total((weights[..., None] * parts).swapaxes(1, 2)))
 
 
 def scores(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
-    """[E] of one token x [H], never rounded."""
-    (z,) = oracle.linear(p, x[None], w.router, w.bias if r.bias == "logits" else None, final=True)
+    """[T,E] of tokens x [T,H], never rounded."""
+    z = oracle.linear(p, x, w.router, w.bias if r.bias == "logits" else None, final=True)
     with np.errstate(over="ignore"):
         if r.scoring == "sigmoid":
             out: Arr = p.wide(1) / (p.wide(1) + np.exp(-z))
             return out
-        e = np.exp(z - z.max())
-        out = e / p.total(e)
+        e = np.exp(z - z.max(axis=-1, keepdims=True))
+        out = e / p.total(e)[:, None]
         return out
 
 
@@ -85,23 +95,10 @@ def _gap(values: Arr, n: int) -> float:
     return float((last - first) / max(abs(last), abs(first)))
 
 
-def _token(p: Precision, x: Arr, w: Experts, r: Routing) -> Arr:
-    score = scores(p, x, w, r)
-    ids = route(score, w.choice_bias(r), r)
-    weights = score[ids]
-    if r.renormalise:
-        weights = weights / (p.total(weights) + p.wide(1e-20))
-    weights = weights * p.wide(r.scale)
-    parts: list[Arr] = [_expert(p, x[None], w, e, r) for e in ids]
-    terms: Arr = weights[:, None] * np.array(parts).astype(p.wide)
-    return p.total(terms.T)
-
-
 def _expert(p: Precision, x: Arr, w: Experts, e: int, r: Routing) -> Arr:
     both = oracle.linear(p, x, w.gate_up[e], None if w.gate_up_bias is None else w.gate_up_bias[e])
     inner = oracle.gated(p, both) if r.limit is None else _clamped(p, both, r.limit, r.alpha)
-    out: Arr = oracle.linear(p, inner, w.down[e], None if w.down_bias is None else w.down_bias[e])[0]
-    return out
+    return oracle.linear(p, inner, w.down[e], None if w.down_bias is None else w.down_bias[e])
 
 
 def _clamped(p: Precision, x: Arr, limit: float, alpha: float) -> Arr:

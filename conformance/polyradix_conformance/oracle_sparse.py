@@ -1,4 +1,4 @@
-"""Which rows `attend_sparse` must see, in plain loops. Imports no backend. See oracle.py."""
+"""Which rows `attend_sparse` must see, in plain NumPy. Imports no backend. See oracle.py."""
 
 from __future__ import annotations
 
@@ -41,16 +41,15 @@ def keys(p: Precision, x: Inputs, table: Arr, rope: int, s: Indexer) -> Arr:
     ]
 
 
-def selected(p: Precision, x: Inputs, table: Arr, rope: int, s: Indexer) -> list[Arr]:
-    """The positions that each query sees, ascending."""
+def selected(p: Precision, x: Inputs, table: Arr, rope: int, s: Indexer) -> Arr:
+    """Whether each query sees each position, [T,T]."""
     key = keys(p, x, table, rope, s)
     q = _turned(p, x.q.reshape(-1, s.heads, s.dim), table, rope)
-    out = []
-    for t in range(len(q)):
-        each = np.maximum(p.total(q[t] * key[: t + 1, None]), 0)  # [t+1,heads]
-        score = p.total(x.weights[t] * each)
-        best = sorted(range(t + 1), key=lambda i: (-score[i], i))
-        out.append(np.array(sorted(best[: s.top_k])))
+    each = np.maximum(p.product(q.swapaxes(0, 1), key), 0)  # [heads,T,T]
+    score = p.total(x.weights[:, None] * np.moveaxis(each, 0, -1))
+    out = np.zeros(score.shape, bool)
+    for t, row in enumerate(score):
+        out[t, np.argsort(-row[: t + 1], kind="stable")[: s.top_k]] = True
     return out
 
 

@@ -63,7 +63,7 @@ def test_what_is_rightly_declined_passes_and_says_so(
     ("mark", "message"),
     [
         ('backend="nope"', "*backend is 'nope'; expected one of: *numpy*"),
-        ('backend="numpy", profile="sparse"', "*profile is 'sparse'; expected one of: dense*"),
+        ('backend="numpy", profile="warp"', "*profile is 'warp'; expected one of: dense*"),
         ('backend="numpy", speed=9', "*unexpected keyword argument 'speed'"),
         ('"numpy"', "*takes 0 positional arguments but 1 *"),
         ("", "*missing 1 required keyword-only argument: 'backend'"),

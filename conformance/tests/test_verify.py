@@ -99,7 +99,7 @@ def test_head_size_128_and_both_dtypes_may_not_be_declined(good: Report) -> None
 CHANGES: list[tuple[str, Callable[[Report], Any], str]] = [
     ("protocol", lambda r: r.update(protocol=[2, 0]), "protocol is 2.0; this suite verifies 1.0"),
     ("minor protocol", lambda r: r.update(protocol=[1, 1]), "protocol is 1.1; this suite verifies 1.0"),
-    ("profile", lambda r: r.update(profile="sparse"), "profile is 'sparse'; expected one of: dense"),
+    ("profile", lambda r: r.update(profile="warp"), "profile is 'warp'; expected one of: dense"),
     ("list", lambda r: r.update(mustpass="dense-v0"), "mustpass is 'dense-v0'; expected 'dense-v1'"),
     ("partial", lambda r: r.update(partial=True), "partial: only some cases were selected"),
     ("unknown", lambda r: r["cases"][0].update(id="L1/x"), "L1/x: unknown to dense-v1"),

@@ -59,7 +59,7 @@ def experts(dtype: str, count: int = E, bias: bool = False, width: int = F, all_
 
 def clear_rows(x: Arr, w: Experts, r: Routing) -> Arr:
     """Those of x whose experts no rounding decides."""
-    apart = [margin(scores(EXACT, row, w, r), w.choice_bias(r), r) > MARGIN for row in x]
+    apart = [margin(row, w.choice_bias(r), r) > MARGIN for row in scores(EXACT, x, w, r)]
     out: Arr = x[np.array(apart)]
     return out
 

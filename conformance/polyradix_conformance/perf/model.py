@@ -56,7 +56,7 @@ class Model:
         for i in range(spec.layers):
             y = linear(x, "qkv", i).reshape(len(seqs), -1, heads.dim)
             v = y[:, -heads.kv :]
-            y = truth.rope(p, y, np.repeat(self.value("rope")[[position]], len(seqs), axis=0))
+            y = oracle.rope(p, y, self.value("rope"), np.full(len(seqs), position))
             outs = []
             for s, seq in enumerate(seqs):
                 held = caches.of(i, seq)[:, :position]

@@ -221,7 +221,7 @@ class Attention:
         x = truth.linear(p, self.x[rows], self.w).reshape(new, -1, heads.dim)
         q, k, v = x[:, : heads.q], x[:, heads.q : -heads.kv], x[:, -heads.kv :]
         for _ in range(turns):
-            q, k = (truth.rope(p, y, self.table[first:]) for y in (q, k))
+            q, k = (oracle.rope(p, y, self.table, np.arange(first, first + new)) for y in (q, k))
         outs = []
         for layer in range(min(count, self.caches.contents)):
             before = self.caches.of(layer, seq)[:, :first]
