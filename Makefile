@@ -40,8 +40,10 @@ help:
 serve: .venv/served
 	$(BIN)/polyradix serve --model $(MODEL) --device cpu --host $(HOST) --port $(PORT) $(ARGS)
 
-# Two at a time, the longest first; each one's output is shown when it has ended. Idle threads of torch must not spin.
+# Two at a time, the longest first; each one's output is shown when it has ended. Idle threads must not spin: torch's can
+# wait instead, NumPy's cannot.
 test: export OMP_WAIT_POLICY := passive
+test: export OPENBLAS_NUM_THREADS := 1
 test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-npu/tested .venv-core/tested
 	$(MAKE) --no-print-directory -j2 -Otarget tests tests-triton tests-tpu tests-aot tests-npu tests-rocm tests-core checks
 
