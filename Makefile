@@ -101,6 +101,7 @@ tests-aot: .venv-aot/tested
 # The vendor's wheel over stand-ins for its libraries, in an environment of its own: with it, plain `import torch` fails.
 # Of conformance, bfloat16: float32 is plain torch here, and ci/npu.yml runs whole profiles.
 tests-npu: export TORCH_DEVICE_BACKEND_AUTOLOAD := 0
+tests-npu: export OMP_NUM_THREADS := 1
 tests-npu: .venv-npu/tested
 	$(call pytest,$(NPU)) backends/npu/tests
 	for profile in dense moe mla; do $(NPU)/conform run --backend npu --emulate --profile $$profile --only bfloat16; done
