@@ -200,13 +200,13 @@ def test_every_size_is_captured_once_before_there_is_traffic(
         "max_position_embeddings": 64, "tie_word_embeddings": True, "torch_dtype": "float32",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options: dict[str, Any] = {"load_format": "dummy", "progress": False, "max_seqs": 2, "max_tokens_per_step": 4}
+    options: dict[str, Any] = {"load_format": "dummy", "progress": False, "max_seqs": 2, "max_tokens_per_step": 8}
     core = EngineCore(EngineConfig(model=str(tmp_path), **options), make())
     assert replays == [2, 1]
     assert captures == [(2, False), (1, False)]
     assert core.pages == 2 * 4 + 1
     for name in ("a", "b"):  # each with a prefill, which runs eagerly, between the decodes
-        core.submit(name, np.arange(4, dtype=np.int32), SamplingParams(max_tokens=2, ignore_eos=True))
+        core.submit(name, np.arange(5, dtype=np.int32), SamplingParams(max_tokens=2, ignore_eos=True))
         assert sum(len(chunk.tokens) for _ in range(3) for chunk in core.step()) == 2
     assert replays == [2, 1, 1, 1]
     assert len(captures) == 2
