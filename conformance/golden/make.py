@@ -95,7 +95,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek-v2": ("DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
-    "deepseek-v2-lite": ("DeepseekV2", {**LATENT, "topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek-v2-lite": (
+        "DeepseekV2",
+        {**LATENT, "topk_method": "greedy", "q_lora_rank": None, "num_experts_per_tok": 2},
+    ),
     "deepseek-v3": ("DeepseekV3", LATENT),
     "deepseek-v3.2": ("DeepseekV32", INDEXED),
     "deepseek-v3.2-all-seen": ("DeepseekV32", {**INDEXED, "index_topk": 128}),

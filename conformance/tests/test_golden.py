@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from polyradix.backend.numpy import moe, ops
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import NumpyOps
 from polyradix_conformance import golden
@@ -36,6 +37,24 @@ def maker() -> Any:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if golden.load(f).spec.experts])
+def test_no_expert_is_chosen_by_a_hair(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another expert moves logits by far more than any floor, so rounding must not choose."""
+    random, calls = np.random.default_rng(0), []
+
+    def chosen(choice: Any, s: Any) -> Any:
+        found = moe.chosen(choice, s)
+        for _ in range(8):
+            near = moe.chosen(choice * (1 + 1e-5 * random.uniform(-1, 1, choice.shape)), s)
+            assert (np.sort(near) == np.sort(found)).all()
+        calls.append(s)
+        return found
+
+    monkeypatch.setattr(ops, "chosen", chosen)
+    assert run_case(CASES[f"L3/{family}/whole/float32"], lambda tp: NumpyBackend("float32", False)).status == "pass"
+    assert calls
 
 
 @pytest.mark.parametrize("family", FAMILIES)
