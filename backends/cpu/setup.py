@@ -5,6 +5,7 @@ Without a compiler (or on another processor) it says so and installs without the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -36,6 +37,8 @@ def build_native(folder: Path) -> list[Path]:
         print("polyradix-cpu: no C++ compiler for x86-64 Linux; installing without native kernels", file=sys.stderr)
         return []
     folder.mkdir(parents=True, exist_ok=True)
+    sources = b"".join(path.read_bytes() for path in sorted((HERE / "csrc").glob("*.[ch]*")))
+    (folder / "px.sha256").write_text(hashlib.sha256(sources).hexdigest())  # native/lib.py compares it
     made = []
     for isa, flags in TARGETS.items():
         out = folder / f"px_{isa}.so"

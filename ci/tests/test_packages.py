@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECTS = sorted(p.parent for p in [*ROOT.glob("*/pyproject.toml"), *ROOT.glob("backends/*/pyproject.toml")])
-BUILT = {".so", ".pyc"}
+BUILT = {".so", ".sha256", ".pyc"}
 
 
 def left_out(project: Path) -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import KV, Array, AttnSpec, Heads, KVSpec, Limits, Meta, Ops, Params, Weight
 from polyradix_cpu.native import LayerKV, NativeMeta, NativeOps, NativeWeight, alloc_kv, load
+from polyradix_cpu.native.lib import check_sources
 from polyradix_cpu.native.params import pack_linear
 
 HEADS, HIDDEN, INNER, VOCAB, PAGE, LAYERS = Heads(6, 2, 16), 96, 160, 70, 16, 3
@@ -143,3 +146,15 @@ def test_isa_is_chosen_by_variable() -> None:
     assert ask("none").stdout.strip() == "None"
     assert ask("avx2").stdout.strip() == "avx2"
     assert "expected one of amx, avx512, avx2 or none" in ask("sse").stderr
+
+
+def test_libraries_of_other_sources_are_refused(tmp_path: Path) -> None:
+    sources = tmp_path / "csrc"
+    sources.mkdir()
+    (sources / "a.h").write_text("int a;")
+    (tmp_path / "px.sha256").write_text(hashlib.sha256(b"int a;").hexdigest())
+    check_sources(tmp_path, sources)
+    check_sources(tmp_path, tmp_path / "none")
+    (sources / "a.h").write_text("int b;")
+    with pytest.raises(RuntimeError, match="older than"):
+        check_sources(tmp_path, sources)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from dataclasses import dataclass
 from enum import IntEnum
@@ -102,8 +103,20 @@ def _path(isa: str) -> Path:
     return Path(__file__).with_name(f"px_{isa}.so")
 
 
+def check_sources(folder: Path = Path(__file__).parent, sources: Path = Path(__file__).parents[2] / "csrc") -> None:
+    """Raises RuntimeError where sources lie beside the package and the libraries in `folder` were built from others, as
+    those would crash."""
+    if not sources.is_dir():
+        return
+    built = folder / "px.sha256"
+    found = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources.glob("*.[ch]*")))).hexdigest()
+    if not built.exists() or built.read_text() != found:
+        raise RuntimeError(f"the native kernels in {folder} are older than {sources}: pip install -e {sources.parent}")
+
+
 @cache
 def _open(isa: str) -> Library | None:
+    check_sources()
     torch.get_num_threads()
     dll = ctypes.CDLL(str(_path(isa)))
     if not dll.px_init():
