@@ -44,7 +44,7 @@ serve: .venv/served
 # wait instead, NumPy's cannot.
 test: export OMP_WAIT_POLICY := passive
 test: export OPENBLAS_NUM_THREADS := 1
-test: .venv/tested .venv-tpu/tested .venv-aot/tested .venv-npu/tested .venv-core/tested
+test: .venv/tested $(AITER) .venv-tpu/tested .venv-aot/tested .venv-npu/tested .venv-core/tested
 	$(MAKE) --no-print-directory -j2 -Otarget tests tests-rocm tests-triton tests-tpu tests-npu tests-core tests-aot checks
 
 checks: .venv/tested

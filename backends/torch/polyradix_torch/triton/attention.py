@@ -236,7 +236,7 @@ def launch_decode(
     """`tile` is of the shared keys. Layers with a window read all keys as if none were shared."""
     count, (_, heads, dim), splits = len(at.single), q.shape, at.splits
     page, kv_heads = kv[0].shape[1:3]
-    group, wide = heads // kv_heads, triton.next_power_of_2(dim)
+    group, wide = heads // kv_heads, _columns(dim)
     shared = at.shared if a.window is None else None
     slots = splits if shared is None else splits + MOST_PARTS
     part, lse, common, parts = out, out, at.single, at.single
@@ -318,7 +318,7 @@ def _launch_prefix(
     pack = min(triton.next_power_of_2(group), max(1, plan.rows // MEMBERS))
     _prefix[(len(x.items), kv_heads * triton.cdiv(group, pack))](
         q, *kv, part, lse, at.single, at.cu_q, at.page_start, at.pages, x.members, x.items, a.scale, a.softcap or 0.0,
-        q.stride(0), kv_heads, at.splits, group, pack, MEMBERS, dim, triton.next_power_of_2(dim), page,
+        q.stride(0), kv_heads, at.splits, group, pack, MEMBERS, dim, _columns(dim), page,
         min(plan.keys, UNIT), slots, a.softcap is not None, _precision(q), **early(q.device), num_warps=plan.warps,
         num_stages=plan.stages,
     )  # fmt: skip
@@ -414,6 +414,11 @@ def _shared(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
+def _columns(dim: int) -> int:
+    """Of a head, in a block; products need 16."""
+    return max(16, int(triton.next_power_of_2(dim)))
+
+
 def _padded(dim: int) -> int:
     return max(64, int(triton.next_power_of_2(dim)))
 
@@ -448,6 +453,6 @@ def launch_prefill(
     _prefill[(heads, len(at.tiles))](
         q, *dense, *kv, _sinks(q, a), out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale,
         a.softcap or 0.0, a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows), dim,
-        triton.next_power_of_2(dim), page, plan.rows, plan.keys, None not in dense, a.window is not None,
+        _columns(dim), page, plan.rows, plan.keys, None not in dense, a.window is not None,
         a.softcap is not None, a.sinks is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

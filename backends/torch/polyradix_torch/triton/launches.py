@@ -85,6 +85,8 @@ def of_attention() -> Iterator[Launch]:
         for splits in (0, 8):
             yield attend(dtype, dim, group, splits, softcap)
         yield attend(dtype, dim, group, 1, softcap, shared=True)
+    for splits in (0, 2):
+        yield attend(F32, 8, 2, splits)  # fewer columns than a product takes
     yield attend(BF16, 128, 4, 1)
     yield attend(BF16, 128, 8, 8)
     for splits in (0, 1, 8):

@@ -126,6 +126,7 @@ def without(m: GpuMeta) -> GpuMeta:
         (16, Heads(7, 1, 80), torch.bfloat16, 3, None, None),
         (16, Heads(2, 2, 64), torch.bfloat16, 1, 5.0, None),
         (4, Heads(6, 2, 16), torch.float32, 2, None, 20),
+        (4, Heads(4, 2, 8), torch.float32, 2, None, None),
     ],
 )
 def test_decode(
