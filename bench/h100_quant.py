@@ -8,14 +8,12 @@ L2 cache. TB/s counts the bytes of codes and scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
 from polyradix_torch.triton import moe, quant
+from polyradix_torch.triton.tune import microseconds
 
 SHAPES = ((1536, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432), (6144, 4096), (4096, 14336))
 BLOCKS = Quant("fp8", (128, 128)), Quant("int4", (1, 128))
@@ -32,35 +30,17 @@ def weight(q: Quant, *shape: int) -> Codes:
     return Codes(q, codes if four else codes.view(torch.float8_e4m3fn), scale, zero)
 
 
-def microseconds(run: Callable[[Any], Any], given: list[Any]) -> float:
-    """Of one call, in a graph of all of them."""
-    for each in given[:2]:
-        run(each)
-    torch.cuda.synchronize()
-    graph, begin, end = torch.cuda.CUDAGraph(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-    with torch.cuda.graph(graph):
-        for each in given:
-            run(each)
-    graph.replay()
-    begin.record()
-    for _ in range(5):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3 / (5 * len(given))
-
-
 def linears() -> None:
     for n, k in SHAPES:
         dense = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(max(2, TURNS // (2 * n * k)))]
         plain = {m: torch.randn(m, k, device="cuda").bfloat16() for m in COUNTS}
-        torch_us = {m: microseconds(lambda w, x=x: torch.mm(x, w.t()), dense) for m, x in plain.items()}
+        torch_us = {m: microseconds(lambda w, x=x: torch.mm(x, w.t()), dense, len(dense)) for m, x in plain.items()}
         for q in BLOCKS:
             each = [weight(q, n, k) for _ in range(max(2, TURNS // q.bytes((n, k))))]
             for m, x in plain.items():
                 want = x.double() @ each[0].weight().double().t()
                 error = float((quant.product(x, each[0]).double() - want).abs().max() / want.abs().max())
-                us = microseconds(lambda w, x=x: quant.product(x, w), each)
+                us = microseconds(lambda w, x=x: quant.product(x, w), each, len(each))
                 rate = f"{q.bytes((n, k)) / us / 1e6:.2f} TB/s, {2 * m * n * k / us / 1e6:.0f} TFLOP/s"
                 print(f"{q.format:5}{m:5} x {n:6} x {k:6} {us:8.1f} us ({rate}), torch bf16 {torch_us[m]:8.1f} us, "
                       f"error {error:.1e} of the largest")  # fmt: skip
@@ -73,10 +53,10 @@ def experts() -> None:
     dense = [torch.randn(*s, device="cuda").bfloat16() / 45 for s in ((64, 2816, 2048), (64, 2048, 1408))]
     for m in (1, 16, 64, 2048):
         x = torch.randn(m, 2048, device="cuda").bfloat16()
-        base = microseconds(lambda w, x=x: moe.moe(x, w, spec), [MoeWeights(router, *dense)] * 8)
+        base = microseconds(lambda w, x=x: moe.moe(x, w, spec), [MoeWeights(router, *dense)], 8)
         for q in BLOCKS:
             w = MoeWeights(router, weight(q, 64, 2816, 2048), weight(q, 64, 2048, 1408))
-            us = microseconds(lambda w, x=x: quant.experts(x, w, spec), [w] * 8)
+            us = microseconds(lambda w, x=x: quant.experts(x, w, spec), [w], 8)
             print(f"{q.format:5} 64 experts {m:5} tokens {us:8.1f} us, bf16 {base:8.1f} us")
 
 

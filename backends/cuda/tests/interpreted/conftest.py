@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,18 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
-    raise RuntimeError("triton is imported already, without its interpreter: run this folder in a process of its own")
-os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[3] / "torch/tests/triton"))
 
 import pytest
 import torch
-from exact_interpreter import install
+from exact_interpreter import exact
 
 import polyradix_cuda.backend
 import polyradix_torch.gpu
 from polyradix_torch.triton.capture import Graphs
+
+__all__ = ["exact"]
 
 
 class FakeGraph:
@@ -73,14 +71,6 @@ class FakeEvent:
         torch.cuda.synchronize()
         self.left -= 1
         return self.left < 0
-
-
-@pytest.fixture
-def exact():
-    """The interpreter as exact_interpreter.py patches it."""
-    with pytest.MonkeyPatch.context() as patch:
-        install(patch)
-        yield
 
 
 @pytest.fixture

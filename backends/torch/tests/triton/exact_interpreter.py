@@ -3,11 +3,20 @@
 The stock interpreter works on the bits of bfloat16 as if they were integers, truncates casts to it, rounds casts to
 float8 wrongly, and reads and writes any address. Made for Triton 3.6 to 3.9. Every pointer is marked with the argument
 that it was made of, and may go nowhere else. Not seen: an overrun between the first and the last element of a view.
+
+Triton chooses the interpreter when it is imported, so tests that import this run in a process of their own.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
+
+if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+    raise RuntimeError("triton is imported already, without its interpreter: run this folder in a process of its own")
+os.environ["TRITON_INTERPRET"] = "1"
 
 import ml_dtypes
 import numpy as np
@@ -136,3 +145,11 @@ def install(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(InterpreterBuilder, name, mine)
     patch.setattr(InterpreterBuilder, "binary_op", _binary)
     patch.setattr(InterpreterBuilder, "unary_op", _unary)
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """The interpreter as `install` patches it."""
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)
+        yield
