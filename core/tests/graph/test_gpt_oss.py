@@ -133,6 +133,14 @@ def test_experts_as_published(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     )
 
 
+def test_dummy_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    checkpoint = open_checkpoint(str(tmp_path), load_format="dummy")
+    layer = load_params(checkpoint, spec(), "bfloat16", open_backend("numpy"), progress=False).layers[0]
+    assert layer["sinks"].value.shape == (4,)
+    assert 0 < np.abs(layer["sinks"].value).max() < 0.2
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "said"),
     [

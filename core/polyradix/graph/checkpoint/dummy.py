@@ -43,9 +43,11 @@ def open_dummy(path: Path) -> Checkpoint:
         return (numbers().astype(np.float32) / SCALE).astype(ml_dtypes.float8_e4m3fn)
 
     def view(random: HostArray, name: str) -> HostArray:
-        rows, width = shapes[name]
+        *rows, width = shapes[name]
         start = zlib.crc32(name.encode()) % STARTS
-        return sliding_window_view(random, width)[start : start + STEP * rows : STEP]
+        if not rows:
+            return random[start : start + width]
+        return sliding_window_view(random, width)[start : start + STEP * rows[0] : STEP]
 
     def read(name: str) -> HostArray:
         if name.endswith("norm.weight"):
