@@ -17,9 +17,18 @@ from polyradix_npu import calls
 from polyradix_torch.ops import TorchMeta
 
 KV = tuple[torch.Tensor, torch.Tensor]  # of one layer, [pages, page, heads, D]
+SINK_SIZE = 128  # the largest head with which the fused op takes sinks
 # Head sizes to try in TND by the CANN that brought them: 128 and 192 are documented with torch-npu 2.10 and 2.13, 64
 # was reported with CANN 9 (vllm-ascend issue 9632).
 TND_SIZES = ((8, (128, 192)), (9, (64,)))
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Scores [Hq] float32, and as the fused op takes them, in bfloat16, if that loses nothing."""
+
+    scores: torch.Tensor
+    exact: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,17 @@ def _singles(
 def _call(
     q: torch.Tensor, kv: KV, pages: torch.Tensor, kv_len: list[int], layout: str, a: AttnSpec, **more: Any
 ) -> torch.Tensor:
-    flat = (kv[0].flatten(2), kv[1].flatten(2))
-    paged = {"block_table": pages, "block_size": kv[0].shape[1], "actual_seq_kvlen": kv_len}
-    return calls.attend(q, flat, layout, a.heads.q, a.heads.kv, a.scale, **paged, **more)
+    flat, sinks = (kv[0].flatten(2), kv[1].flatten(2)), a.sinks
+    more |= {"block_table": pages, "block_size": kv[0].shape[1], "actual_seq_kvlen": kv_len}
+    if native := sinks is not None and sinks.exact is not None and layout == "TND" and a.heads.dim <= SINK_SIZE:
+        more["learnable_sink"] = sinks.exact
+    summed = not (sinks is None or native)
+    out, log_sum = calls.attend(q, flat, layout, a.heads.q, a.heads.kv, a.scale, summed=summed, **more)
+    if sinks is None or native:
+        return out
+    if layout != "TND":
+        log_sum = log_sum.transpose(1, 2)
+    return (out * (log_sum - sinks.scores[:, None]).sigmoid()).to(out.dtype)
 
 
 def plain(q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
@@ -97,7 +114,10 @@ def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttnSpec) ->
     if a.window is not None:
         seen = seen.triu(length - n - a.window + 1)
     scores = (q @ k[:, None].transpose(2, 3) * a.scale).masked_fill(~seen, -float("inf"))
-    return (scores.softmax(-1) @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
+    if a.sinks is not None:
+        lone = a.sinks.scores.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, lone], dim=-1)
+    return (scores.softmax(-1)[..., :length] @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def tnd_sizes(mask: torch.Tensor, cann: str, page: int) -> frozenset[int]:

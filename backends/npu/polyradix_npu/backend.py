@@ -11,7 +11,7 @@ import torch_npu
 from torch_npu.utils.collect_env import get_cann_version
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, Capabilities, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -28,7 +28,7 @@ from polyradix.backend.protocol import (
     Weight,
 )
 from polyradix_npu import calls, latent
-from polyradix_npu.attention import Fused, tnd_sizes
+from polyradix_npu.attention import Fused, Sinks, tnd_sizes
 from polyradix_npu.graphs import Decode, Graphs, StaticBatch, sizes
 from polyradix_npu.ops import Experts, NpuOps
 from polyradix_torch.backend import TorchBackend
@@ -63,7 +63,7 @@ class NpuBackend(TorchBackend):
             page_sizes=(PAGE,),
             max_head_dim=512,
             head_dim_multiple=16,
-            features=FEATURES - {"softcap", "sinks", "moe_bias", "moe_clamp", "indexer"},
+            features=FEATURES - {"softcap", "indexer"},
             step_tokens=4096,
             async_launch=True,
             mem_fraction=0.9,
@@ -84,6 +84,11 @@ class NpuBackend(TorchBackend):
         if spec.kind in ("norm", "latent_up"):
             torch_dtype(spec.dtype)
             return to_torch(read(), self.device)
+        if spec.kind == "sinks":
+            scores = to_torch(read(), "cpu")
+            exact = scores.bfloat16()
+            same = bool((exact == scores).all())
+            return Sinks(scores.to(self.device), exact.to(self.device) if same else None)
         return super().pack(spec, read)
 
     def _linear(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
@@ -92,9 +97,7 @@ class NpuBackend(TorchBackend):
         return Linear(_fractal(weight), bias)
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
-        if bias is not None:
-            raise Unsupported("moe_bias", f"parameter {spec.name}")
-        return Experts(_fractal(weight.transpose(1, 2).contiguous()))
+        return Experts(_fractal(weight.transpose(1, 2).contiguous()), None if bias is None else bias.float())
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router(Linear(weight, None), bias)

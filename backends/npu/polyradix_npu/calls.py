@@ -42,6 +42,14 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def clamped(x: torch.Tensor, limit: float, alpha: float) -> torch.Tensor:
+    """[T,2F] -> [T,F]: gpt-oss's gate, see MoeSpec."""
+    out: torch.Tensor = torch_npu.npu_clipped_swiglu(
+        x.contiguous(), dim=-1, alpha=alpha, limit=limit, bias=1.0, interleaved=False
+    )
+    return out
+
+
 def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
     """Rows [T,N,D] into caches [pages, page, N, D], at int32 slots [T]."""
     torch_npu.npu_scatter_pa_kv_cache(k.contiguous(), v.contiguous(), *kv, slots, cache_mode="Norm")
@@ -59,19 +67,22 @@ def attend(
     heads: int,
     kv_heads: int,
     scale: float,
+    summed: bool = False,
     **more: Any,
-) -> torch.Tensor:
-    """Fused attention in `layout`; `more` are npu_fused_infer_attention_score_v2's keywords. Output in q's layout."""
-    out: torch.Tensor = torch_npu.npu_fused_infer_attention_score_v2(
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fused attention in `layout`; `more` are npu_fused_infer_attention_score_v2's keywords. The output in q's layout;
+    and if `summed`, the log of the sum of exp(score), float32 [T,N,1] in TND and [B,N,S,1] otherwise."""
+    out, log_sum = torch_npu.npu_fused_infer_attention_score_v2(
         q.contiguous(),
         *kv,
         num_query_heads=heads,
         num_key_value_heads=kv_heads,
         softmax_scale=scale,
         input_layout=layout,
+        return_softmax_lse=summed,
         **more,
-    )[0]
-    return out
+    )
+    return out, log_sum
 
 
 def gate_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,10 +135,11 @@ def by_expert(x: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.T
     return rows, where, counts
 
 
-def grouped(x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Rows [n,in] times the matrix of their group, w [E,in,out]; `sums` int64 [E] are where each group ends."""
+def grouped(x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Rows [n,in] times the matrix of their group, w [E,in,out], plus its bias, float32 [E,out]; `sums` int64 [E] are
+    where each group ends."""
     out: torch.Tensor = torch_npu.npu_grouped_matmul(
-        [x], [w], group_list=sums, split_item=2, group_type=0, group_list_type=0
+        [x], [w], bias=None if bias is None else [bias], group_list=sums, split_item=2, group_type=0, group_list_type=0
     )[0]
     return out
 

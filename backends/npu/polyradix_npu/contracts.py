@@ -112,6 +112,12 @@ def swiglu(c: Given) -> None:
     c.need(x.numel(), "input", "some elements")
 
 
+def clipped_swiglu(c: Given) -> None:
+    x = c.tensor("x", FLOATS, tuple(range(2, 9)))
+    c.need(x.shape[c.dim] % 2 == 0, "x", f"an even axis {c.dim}")
+    c.need(c.group_index is None, "group_index", "None")
+
+
 def scatter_pa_kv_cache(c: Given) -> None:
     """The second of its documented cases: rows [T,N,D] into caches [blocks, block, N, D]."""
     c.need(c.cache_mode in (None, "Norm"), "cache_mode", "'Norm', as the caches are ND (the default is PA_NZ)")
@@ -185,6 +191,11 @@ def grouped_matmul(c: Given) -> None:
     c.need(x.dtype in FLOATS and x.dtype == w.dtype, "weight", f"the dtype of x, {x.dtype}", w.dtype)
     c.need(x.shape[1] == w.shape[1], "weight", f"{x.shape[1]} rows in each matrix", tuple(w.shape))
     c.need(max(x.shape[1], w.shape[2]) < 65536, "weight", "inner axes below 65536", tuple(w.shape))
+    if c.bias is not None:
+        (bias,) = c.bias
+        want = x.dtype if x.dtype == torch.float16 else torch.float32
+        shape = (len(w), w.shape[2])
+        c.need(bias.dtype == want and bias.shape == shape, "bias", f"{want} {shape}", f"{bias.dtype} {bias.shape}")
     c.need(c.split_item in (2, 3), "split_item", "2 or 3, as there is one result")
     c.need(c.group_type == 0, "group_type", "0")
     c.need(c.group_list_type in (0, 1), "group_list_type", "0 (running sums) or 1 (counts)")
@@ -221,6 +232,7 @@ CHECKS: dict[str, Check] = {
     "npu_add_rms_norm": add_rms_norm,
     "npu_rotary_mul": rotary_mul,
     "npu_swiglu": swiglu,
+    "npu_clipped_swiglu": clipped_swiglu,
     "npu_scatter_pa_kv_cache": scatter_pa_kv_cache,
     "npu_moe_gating_top_k_softmax": gating_top_k_softmax,
     "npu_moe_gating_top_k": gating_top_k,

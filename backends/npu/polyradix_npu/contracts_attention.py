@@ -38,11 +38,21 @@ def attention(c: Given) -> None:
     elif tnd:
         _unpaged(c, batch)
     _mask(c, tnd, longest)
+    if c.learnable_sink is not None:
+        _sink(c, tnd)
+
+
+def _sink(c: Given, tnd: bool) -> None:
+    sink = c.tensor("learnable_sink", (torch.bfloat16,), (1,))
+    c.need(tnd, "input_layout", "TND with learnable_sink")
+    c.need(len(sink) == c.num_query_heads, "learnable_sink", f"{c.num_query_heads} values, one for each query head")
+    c.need(c.query_rope is None and c.query.shape[-1] <= 128, "query", "heads of at most 128 with learnable_sink")
+    c.need(not c.return_softmax_lse, "return_softmax_lse", "False: whether sinks are in the sum is not documented")
 
 
 def _no_quantisation(c: Given) -> None:
     for name, value in vars(c).items():
-        if ("quant" in name or name.endswith("_dtype") or name in ("pse_shift", "learnable_sink")) and value:
+        if ("quant" in name or name.endswith("_dtype") or name == "pse_shift") and value:
             c.need(False, name, "its default: no contract of it is known here")
 
 

@@ -26,7 +26,7 @@ def absorb(q: torch.Tensor, rope: torch.Tensor, kv: KV, m: TorchMeta, up: torch.
     met = torch.bmm(q.transpose(0, 1), up[:, : a.nope]).transpose(0, 1)
     met, rope = (F.pad(x, (0, 0, 0, heads - a.heads))[:, None] for x in (met, rope))
     latents, keys = (cache.flatten(2) for cache in kv)
-    mean = calls.attend(
+    mean, _ = calls.attend(
         met,
         (latents, latents),
         "BSND",
@@ -38,8 +38,8 @@ def absorb(q: torch.Tensor, rope: torch.Tensor, kv: KV, m: TorchMeta, up: torch.
         block_table=m.pages,
         block_size=kv[0].shape[1],
         actual_seq_kvlen=m.kv_len,
-    )[:, 0, : a.heads]
-    return torch.bmm(mean.transpose(0, 1), up[:, a.nope :].transpose(1, 2)).transpose(0, 1)
+    )
+    return torch.bmm(mean[:, 0, : a.heads].transpose(0, 1), up[:, a.nope :].transpose(1, 2)).transpose(0, 1)
 
 
 def expand(
@@ -50,7 +50,7 @@ def expand(
         return plain(q, rope, kv, m, up, a)
     latents, keys = (torch.cat(_gather(cache, m)) for cache in kv)
     made = F.linear(latents, up.flatten(0, 1)).unflatten(1, (a.heads, -1))
-    return calls.attend(
+    out, _ = calls.attend(
         q,
         (made[..., :SIZE].contiguous(), made[..., SIZE:].contiguous()),
         "TND",
@@ -64,6 +64,7 @@ def expand(
         sparse_mode=calls.CAUSAL,
         atten_mask=mask,
     )
+    return out
 
 
 def plain(

@@ -19,9 +19,10 @@ from polyradix_torch.ops import GATES, Linear, TorchMeta, TorchOps
 
 @dataclass(frozen=True)
 class Experts:
-    """[experts,in,out]: whole experts' matrices, as the grouped product takes them."""
+    """[experts,in,out]: whole experts' matrices, as the grouped product takes them; biases float32 [experts,out]."""
 
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
 
 class NpuOps(TorchOps):
@@ -55,8 +56,8 @@ class NpuOps(TorchOps):
         return calls.rotate(q.float(), cos, sin).to(q.dtype), calls.rotate(k.float(), cos, sin).to(k.dtype)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
-        if a.softcap is not None or a.sinks is not None:
-            raise Unsupported("softcap" if a.sinks is None else "sinks")
+        if a.softcap is not None:
+            raise Unsupported("softcap")
         calls.write(k, v, kv, m.slots)
         return (plain if q.dtype == torch.float32 else self._fused.attend)(q, kv, m, a), kv
 
@@ -92,12 +93,12 @@ class NpuOps(TorchOps):
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
-        if s.bias == "logits" or s.limit is not None:
-            raise Unsupported("moe_bias" if s.limit is None else "moe_clamp")
         ids, weights = _route(w.router, x, s)
         rows, where, counts = calls.by_expert(x, ids, s.experts)
         sums = counts.cumsum(0)
-        made = calls.grouped(calls.swiglu(calls.grouped(rows, w.gate_up.weight, sums)), w.down.weight, sums)
+        both = calls.grouped(rows, w.gate_up.weight, sums, w.gate_up.bias)
+        inner = calls.swiglu(both) if s.limit is None else calls.clamped(both, s.limit, s.alpha)
+        made = calls.grouped(inner, w.down.weight, sums, w.down.bias)
         return calls.combine(made.float(), weights, where).to(x.dtype)
 
     def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
@@ -111,16 +112,16 @@ class NpuOps(TorchOps):
 
 def _route(router: Router, x: torch.Tensor, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int32 [T,top_k], best first, and weights float32. In torch, what the vendor's gates do not compute."""
-    logits, softmax = router.logits(x), s.scoring == "softmax"
-    if softmax and s.groups == 1 and router.bias is None:
+    logits, bias, softmax = router.logits(x), router.bias, s.scoring == "softmax"
+    if s.bias == "logits" and bias is not None:
+        logits, bias = logits + bias, None
+    if softmax and s.groups == 1 and bias is None:
         weights, ids = calls.gate_softmax(logits, s.top_k)
     elif (softmax or s.renormalise) and s.experts // s.groups > 2 and s.group_best <= 2:
         scale = 1.0 if softmax else s.scale
-        weights, ids = calls.gate(
-            logits, s.top_k, router.bias, not softmax, s.groups, s.top_groups, s.group_best == 2, scale
-        )
+        weights, ids = calls.gate(logits, s.top_k, bias, not softmax, s.groups, s.top_groups, s.group_best == 2, scale)
     else:
-        ids, weights = route(logits, router.bias, s)
+        ids, weights = route(logits, bias, s)
         return ids.int(), weights
     if softmax and s.renormalise:
         weights = weights / (weights.sum(1, keepdim=True) + 1e-20)

@@ -41,6 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Mistral, window": {"architectures": ["MistralForCausalLM"], "head_dim": 128, "sliding_window": 50},
     "Qwen3-MoE": {"architectures": ["Qwen3MoeForCausalLM"], "head_dim": 128, "num_experts": 32,
                   "num_experts_per_tok": 4, "norm_topk_prob": True},
+    "gpt-oss": {"architectures": ["GptOssForCausalLM"], "head_dim": 64, "num_local_experts": 8,
+                "num_experts_per_tok": 4, "sliding_window": 50, "layer_types": ["sliding_attention"]},
     "DeepSeek-V3": {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "n_routed_experts": 32, "n_group": 4,
                     "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 1, "first_k_dense_replace": 0},
 }  # fmt: skip
@@ -152,7 +154,7 @@ def _params(backend: Backend, spec: ModelSpec) -> Params:
         def read(part: str = "weight") -> HostArray:
             if p.kind == "rope":
                 return rope_table(spec.rope, *p.shape)
-            shape = p.shape if part == "weight" else p.shape[:1]
+            shape = p.shape if part == "weight" else p.shape[:-1]
             values = random.standard_normal(shape, np.float32) * (1 if p.kind == "embed" else p.shape[-1] ** -0.5)
             return (values + (p.kind == "norm")).astype(HOST_DTYPES[p.dtype])
 

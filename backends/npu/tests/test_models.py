@@ -20,11 +20,17 @@ COMMON = {
 }  # fmt: skip
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], **HEADS, "num_local_experts": 9, "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 40,
+}  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], **HEADS, "head_dim": 128},
     "llama-narrow": {"architectures": ["LlamaForCausalLM"], **HEADS, "head_dim": 64},
     "mistral-window": {"architectures": ["MistralForCausalLM"], **HEADS, "head_dim": 128, "sliding_window": 40},
     "qwen3-moe": {"architectures": ["Qwen3MoeForCausalLM"], **HEADS, "head_dim": 128, **EXPERTS},
+    "gpt-oss": {**GPT_OSS, "head_dim": 64},
+    "gpt-oss-wide": {**GPT_OSS, "head_dim": 128},  # whose sinks go to the fused op
     "deepseek": {
         "architectures": ["DeepseekV3ForCausalLM"], "num_attention_heads": 2, "num_key_value_heads": 2,
         "kv_lora_rank": 512, "q_lora_rank": 32, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,

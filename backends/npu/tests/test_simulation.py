@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch_npu
 
+from polyradix.backend.protocol import AttnSpec, Heads
 from polyradix_npu import calls
+from polyradix_npu.attention import Fused, Sinks
 from polyradix_npu.contracts import WrongCall
 from polyradix_npu.emulate.device import SimulatedDevice
 from polyradix_npu.emulate.graphs import device as the_device
+from polyradix_torch.ops import TorchMeta
 
 
 def on(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -66,7 +69,7 @@ class Captured:
     def step(self, lengths: list[int]) -> torch.Tensor:
         more = {"actual_seq_qlen": [1, 2], "sparse_mode": calls.CAUSAL, "atten_mask": self.mask}
         paged = {"block_table": self.pages, "block_size": 128, "actual_seq_kvlen": lengths}
-        return calls.attend(self.q + 1, self.kv, "TND", 4, 2, 0.1, **paged, **more) * 2
+        return calls.attend(self.q + 1, self.kv, "TND", 4, 2, 0.1, **paged, **more)[0] * 2
 
     def replay(self, lengths: list[int]) -> np.ndarray:
         self.graph.update(cpu_update_input=[{"actual_seq_kvlen": lengths}])
@@ -79,6 +82,37 @@ def test_a_replay_reads_new_lengths_and_new_values(device: SimulatedDevice) -> N
     for lengths in ([5, 77], [9, 128]):
         np.testing.assert_array_equal(c.replay(lengths), c.step(lengths).float().cpu().numpy())
         c.q.copy_(on(2, 4, 128))
+
+
+@pytest.mark.parametrize(("dim", "bits"), [(128, 16), (128, 32), (192, 16), (64, 16)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_sinks_are_one_key_more(
+    dim: int, bits: int, window: int | None, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the fused op itself, if it takes this head and bfloat16 holds the sinks, else by its log of sums."""
+    native, attend = list[bool](), calls.attend
+    monkeypatch.setattr(calls, "attend", lambda *a, **k: (native.append("learnable_sink" in k), attend(*a, **k))[1])
+    random, heads = np.random.default_rng(0), Heads(4, 2, dim)
+    scores = random.standard_normal(4).astype(np.float32)
+    held = torch.from_numpy(scores) if bits == 32 else torch.from_numpy(scores).bfloat16().float()
+    sinks = Sinks(held.to("npu"), held.bfloat16().to("npu") if bits == 16 else None)
+    q, kv, pages = on(4, 4, dim), (on(3, 128, 2, dim), on(3, 128, 2, dim)), [[2, 0], [1, 2]]
+    table = torch.tensor(pages, dtype=torch.int32).to("npu")
+    lengths, rows = [9, 140], [0, 3, 4]
+    positions = torch.tensor([6, 7, 8, 139], dtype=torch.int32).to("npu")
+    m = TorchMeta(positions, positions, positions, positions, table, rows, lengths)
+    fused = Fused(calls.fixed_mask(torch.device("npu")), frozenset({128, 192}))
+    out = fused.attend(q, kv, m, AttnSpec(heads, dim**-0.5, window, sinks=sinks)).cpu().view(4, 4, dim)
+    assert set(native) == {dim == 128 and bits == 16}
+    wide, (k, v) = q.cpu().double().numpy(), (x.cpu().double().numpy() for x in kv)
+    for s, t in ((0, 0), (0, 2), (1, 3)):
+        place, used = int(positions[t].cpu()), pages[s]
+        first = 0 if window is None else max(0, place - window + 1)
+        for h in range(4):
+            keys, values = (x[used, :, h // 2].reshape(-1, dim)[first : place + 1] for x in (k, v))
+            weight = np.exp(keys @ wide[t, h] * dim**-0.5)
+            want = weight @ values / (weight.sum() + np.exp(np.float64(held[h])))
+            np.testing.assert_allclose(out[t, h].double().numpy(), want, rtol=0.02, atol=0.01)
 
 
 def test_a_capture_computes_nothing(device: SimulatedDevice) -> None:

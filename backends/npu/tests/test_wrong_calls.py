@@ -62,6 +62,8 @@ def write(slots: list[int], page: int = 128, dtype: torch.dtype = BF16, **more: 
 def grouped(**changes: Any) -> None:
     more = {"group_list": ids([2, 6], torch.int64), "split_item": 2, "group_type": 0, "group_list_type": 0}
     weight = changes.pop("weight", on(2, 32, 16))
+    if "bias" in changes:
+        changes["bias"] = [changes["bias"]]
     torch_npu.npu_grouped_matmul([on(6, 32)], [weight], **{**more, **changes})
 
 
@@ -82,6 +84,7 @@ def combine(rows: torch.Tensor, scales: torch.Tensor, mode: int = 2) -> None:
 RIGHT: dict[str, Callable[[], Any]] = {
     "attention in TND": attend,
     "windows": lambda: attend(sparse_mode=4, pre_tokens=6, next_tokens=0),
+    "sinks": lambda: attend(learnable_sink=on(4)),
     "one query row": single,
     "latent attention": latent,
     "latent attention, several rows": lambda: latent(
@@ -89,6 +92,8 @@ RIGHT: dict[str, Callable[[], Any]] = {
     ),
     "the cache": lambda: write([128, 300, 5]),
     "grouped product": grouped,
+    "grouped product with biases": lambda: grouped(bias=on(2, 16, dtype=torch.float32)),
+    "a clamped gate": lambda: calls.clamped(on(3, 64), 7.0, 1.7),
     "gate": lambda: gate(group_count=4, k_group=2),
     "routing": routed,
     "combining": lambda: combine(on(4, 8), on(2, 2)),
@@ -115,6 +120,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "float32 queries": (lambda: attend(q=on(4, 4, 128, dtype=torch.float32)), "float16 or bfloat16"),
     "values in another dtype": (lambda: attend(values=on(5, 128, 256, dtype=torch.float16)), "the dtype of query"),
     "a wrong block size": (lambda: attend(block_size=64), r"blocks of block_size \(64\)"),
+    "sinks of float32": (lambda: attend(learnable_sink=on(4, dtype=torch.float32)), "learnable_sink is float32"),
+    "a sink for each kv head": (lambda: attend(learnable_sink=on(2)), "one for each query head"),
+    "sinks of wide heads": (lambda: attend(dim=192, learnable_sink=on(4)), "at most 128 with learnable_sink"),
+    "sinks in another layout": (lambda: single(learnable_sink=on(4)), "TND with learnable_sink"),
+    "sinks and a sum": (lambda: attend(learnable_sink=on(4), summed=True), "return_softmax_lse is True"),
     "an unknown sparse mode": (lambda: attend(sparse_mode=2), "0, 3 or 4"),
     "an unknown layout": (lambda: attend("BSH"), "input_layout is BSH"),
     "a mode on one row": (lambda: single(sparse_mode=3), "no effect on a single query row"),
@@ -145,6 +155,9 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "expert ids of int64": (lambda: routed(ids([[0, 7], [3, 1]], torch.int64)), "expected int32"),
     "an expert that is not there": (lambda: routed(ids([[0, 8], [3, 1]])), "ids from 0 to 7"),
     "running sums of experts": (lambda: routed(expert_tokens_num_type=0), "1 or 2"),
+    "an odd clamped gate": (lambda: calls.clamped(on(3, 63), 7.0, 1.7), "an even axis"),
+    "biases in bfloat16": (lambda: grouped(bias=on(2, 16)), r"bias is torch.bfloat16"),
+    "one bias for all": (lambda: grouped(bias=on(16, dtype=torch.float32)), r"float32 \(2, 16\)"),
     "groups that leave rows out": (lambda: grouped(group_list=ids([2, 5], torch.int64)), "6 rows in all"),
     "groups of int32": (lambda: grouped(group_list=ids([2, 6])), "group_list is int32"),
     "many results": (lambda: grouped(split_item=0), "2 or 3"),

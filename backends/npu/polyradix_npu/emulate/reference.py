@@ -45,6 +45,13 @@ def swiglu(c: Args) -> torch.Tensor:
     return (gate / (1 + (-gate).exp()) * up).to(c.input.dtype)
 
 
+def clipped_swiglu(c: Args) -> torch.Tensor:
+    x = c.x.float().movedim(c.dim, -1)
+    a, b = (x[..., ::2], x[..., 1::2]) if c.interleaved else x.chunk(2, dim=-1)
+    a, b = a.clamp(max=c.limit), b.clamp(-c.limit, c.limit)
+    return (a / (1 + (-c.alpha * a).exp()) * (b + c.bias)).movedim(-1, c.dim).to(c.x.dtype)
+
+
 def scatter(c: Args) -> None:
     if c.write:
         for rows, cache in ((c.key, c.key_cache), (c.value, c.value_cache)):
@@ -97,11 +104,12 @@ def init_routing(c: Args) -> tuple[torch.Tensor, ...]:
 
 def grouped_matmul(c: Args) -> list[torch.Tensor]:
     (x,), (w,) = c.x, c.weight
+    bias = c.bias[0] if c.bias else torch.zeros(len(w), w.shape[2])
     ends = c.group_list.cumsum(0) if c.group_list_type else c.group_list
     out, start = torch.empty(len(x), w.shape[2], dtype=x.dtype), 0
-    for matrix, end in zip(w, ends.tolist(), strict=True):
+    for matrix, more, end in zip(w, bias.float(), ends.tolist(), strict=True):
         if end > start:
-            out[start:end] = (x[start:end].float() @ matrix.float()).to(x.dtype)
+            out[start:end] = (x[start:end].float() @ matrix.float() + more).to(x.dtype)
         start = max(start, end)
     return [out]
 
@@ -121,6 +129,7 @@ OPS: dict[str, Callable[[Args], Any]] = {
     "npu_add_rms_norm": add_rms_norm,
     "npu_rotary_mul": rotary_mul,
     "npu_swiglu": swiglu,
+    "npu_clipped_swiglu": clipped_swiglu,
     "npu_scatter_pa_kv_cache": scatter,
     "npu_moe_gating_top_k_softmax": gating_top_k_softmax,
     "npu_moe_gating_top_k": gating_top_k,

@@ -12,7 +12,7 @@ Args = SimpleNamespace
 
 
 def attention(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, in the layout of the query, and an empty log of sums."""
+    """The output, in the layout of the query, and the log of sums, empty if it is not asked for."""
     heads = c.num_key_value_heads or c.num_query_heads
     out, logs = room(c)
     for i, (where, length) in enumerate(_sequences(c)):
@@ -21,22 +21,40 @@ def attention(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
             q = torch.cat([q, c.query_rope[where].float()], dim=-1)
             k = torch.cat([k, _rows(c, c.key_rope, i, heads)], dim=-1)
         hidden = _hidden(c, i, len(q), length)
-        out[where] = _attend(q, k[:length], v[:length], hidden, c.softmax_scale).to(out.dtype)
+        made, log_sum = _attend(q, k[:length], v[:length], hidden, c.softmax_scale, c.learnable_sink)
+        out[where] = made.to(out.dtype)
+        if c.return_softmax_lse:
+            logs[where] = log_sum.t()[..., None] if c.input_layout == "TND" else log_sum[..., None]
     return out, logs
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
-    """q [n,Hq,D], k [L,Hk,D], v [L,Hk,Dv] -> [n,Hq,Dv]; `hidden` [n,L]."""
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    scale: float,
+    sink: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [n,Hq,D], k [L,Hk,D], v [L,Hk,Dv], of which `hidden` [n,L] is not seen -> [n,Hq,Dv], and the log [Hq,n] of
+    the sum of exp(score), that of the `sink` [Hq] included."""
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    scores = torch.einsum("nhd,lhd->hnl", q, k) * scale
-    return torch.einsum("hnl,lhd->nhd", scores.masked_fill(hidden, -float("inf")).softmax(-1), v)
+    scores = (torch.einsum("nhd,lhd->hnl", q, k) * scale).masked_fill(hidden, -float("inf"))
+    log_sum = scores.logsumexp(-1)
+    if sink is not None:
+        log_sum = torch.logaddexp(log_sum, sink.float()[:, None])
+    return torch.einsum("hnl,lhd->nhd", (scores - log_sum[..., None]).exp(), v), log_sum
 
 
 def room(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs not written yet."""
     heads = (c.num_key_value_heads or c.num_query_heads) if c.block_table is not None else 1
-    return c.query.new_empty(*c.query.shape[:-1], c.value.shape[-1] // heads), torch.empty(0)
+    out = c.query.new_empty(*c.query.shape[:-1], c.value.shape[-1] // heads)
+    if not c.return_softmax_lse:
+        return out, torch.empty(0)
+    rows, count = out.shape[:-2], out.shape[-2]
+    return out, torch.empty(*rows, count, 1) if c.input_layout == "TND" else torch.empty(rows[0], count, rows[1], 1)
 
 
 def _sequences(c: Args) -> Iterator[tuple[slice | int, int]]:
