@@ -1,6 +1,7 @@
 """What structured outputs cost and gain: JSON with and without jump-forward, and what free rows pay for masks.
 
-Usage: python bench/structured.py jump [--device cpu] [--rounds 3]   |   free [--step-ms 10 5] [--rounds 3]
+Usage: python bench/structured.py jump [--device cpu] [--dtype auto] [--rounds 3]
+       python bench/structured.py free [--step-ms 10 5] [--rounds 3]
 `jump` runs the demo model, both ways in turn in one process, and compares the texts. `free` has 64 rows of SmolLM2's
 vocabulary on a device that sleeps for a step; the figure is the time between tokens of the rows without a grammar.
 """
@@ -77,10 +78,11 @@ class Sleeper(NullBackend):
         return np.where((batch.mask == -1).all(axis=1), tokens, word * 32 + bit).astype(np.int32)
 
 
-def jump(device: str, rounds: int) -> None:
+def jump(device: str, dtype: Any, rounds: int) -> None:
     for name, schema in (("fixed keys", FIXED), ("strings and lists too", MIXED)):
         for batch in (1, 16):
-            engines = {way: Engine("demo", device=device, jump_forward=way, progress=False) for way in (False, True)}
+            options: dict[str, Any] = {"device": device, "dtype": dtype, "progress": False}
+            engines = {way: Engine("demo", jump_forward=way, **options) for way in (False, True)}
             shapes = {way: count_chunks(engine.core) for way, engine in engines.items()}
             seconds: dict[bool, list[float]] = {False: [], True: []}
             for turn in range(rounds + 1):
@@ -95,14 +97,16 @@ def jump(device: str, rounds: int) -> None:
                         max_tokens=200,
                     )  # fmt: skip
                     seconds[way] += [time.perf_counter() - begin] if turn else []
+                    if errors := [c.error for c in done if c.error]:
+                        raise RuntimeError(errors[0])
                     texts.append([c.text for c in done])
-                equal = texts[0] == texts[1]
+                equal = sum(a == b for a, b in zip(*texts, strict=True))
             plain, fast = (float(np.median(seconds[way])) for way in (False, True))
             print(
                 f"{name}, batch {batch}: {plain:.3f} s, with jump-forward {fast:.3f} s: {plain / fast:.2f} times; "
                 + "steps "
                 + " and ".join(f"{len(s)} ({sum(s)} with chunks)" for s in shapes.values())
-                + f"; texts equal: {equal}; {len(done[0].tokens)} tokens, as {done[0].text[:60]}",
+                + f"; {equal} of {batch} texts equal; {len(done[0].tokens)} tokens, as {done[0].text[:60]}",
                 flush=True,
             )
 
@@ -163,10 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("jump", "free"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
     parser.add_argument("--step-ms", type=float, nargs="+", default=[10, 5])
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    jump(args.device, args.rounds) if args.what == "jump" else free(args.step_ms, args.rounds)
+    jump(args.device, args.dtype, args.rounds) if args.what == "jump" else free(args.step_ms, args.rounds)
 
 
 if __name__ == "__main__":

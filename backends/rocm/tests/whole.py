@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,16 +94,30 @@ def answers(engine: EngineCore, asked: list[tuple[list[int], int]]) -> list[Answ
     return list(out.values())
 
 
-def follow(engine: EngineCore, reference: list[Answer], bound: float) -> float:
-    """The share of tokens that are the reference's; after a choice closer than `bound`, which may go either way, an
-    answer is taken up again. One that leaves the reference elsewhere is an error."""
-    at, left = [0] * len(reference), 0
+def compared(engine: EngineCore, reference: list[Answer]) -> Iterator[tuple[str, float, float | None]]:
+    """Of every token: which it is, by how much it led in the reference, and here: None if another one did. After that
+    the answer is taken up again, so that the tokens before are the reference's always."""
+    at = [0] * len(reference)
     while todo := [i for i, a in enumerate(reference) if at[i] < len(a.tokens)]:
         asked = [(reference[i].prompt + reference[i].tokens[: at[i]], len(reference[i].tokens) - at[i]) for i in todo]
         for i, got in zip(todo, answers(engine, asked), strict=True):
-            want, leads = reference[i].tokens[at[i] :], reference[i].leads[at[i] :]
-            same = next((n for n, pair in enumerate(zip(got.tokens, want, strict=True)) if len(set(pair)) > 1), None)
-            assert same is None or leads[same] <= bound, f"answer {i}, token {at[i] + same}: led by {leads[same]}"
-            left += same is not None
-            at[i] += len(want) if same is None else same + 1
-    return 1 - left / sum(len(a.tokens) for a in reference)
+            for token, lead in zip(got.tokens, got.leads, strict=True):
+                n, same = at[i], token == reference[i].tokens[at[i]]
+                yield f"answer {i}, token {n}", reference[i].leads[n], lead if same else None
+                at[i] += 1
+                if not same:
+                    break
+
+
+def follow(engine: EngineCore, reference: list[Answer], bound: float) -> float:
+    """The share of tokens that are the reference's. Another one, where that led by more than `bound`, is an error."""
+    same = []
+    for where, want, got in compared(engine, reference):
+        same.append(got is not None)
+        assert got is not None or want <= bound, f"{where}: led by {want}"
+    return sum(same) / len(same)
+
+
+def apart(engine: EngineCore, reference: list[Answer]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """By how much the lead of each token differs from the reference's; at least, if another token led."""
+    return np.array([want if got is None else abs(want - got) for _, want, got in compared(engine, reference)])

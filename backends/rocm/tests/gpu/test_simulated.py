@@ -1,6 +1,7 @@
 """On any GPU that torch has: `pytest backends/rocm/tests/gpu`. AITER simulated on its tensors, Triton beneath.
 
-Whole models, tiny and of published shapes, decode what the CUDA backend decodes; and every conformance case.
+Tiny models decode what the CUDA backend decodes, those of published shapes are as near to float32; and every
+conformance case.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from whole import MODELS, REAL, TOKENS, answers, core, follow, prompts
+from whole import MODELS, REAL, TOKENS, answers, apart, core, follow, prompts
 
 from polyradix.backend.registry import open_backend
 
@@ -24,12 +26,6 @@ def test_tiny(name: str, version: str, arch: str, tmp_path: Path) -> None:
     compare(MODELS[name], version, arch, tmp_path)
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_real_shapes(name: str, tmp_path: Path) -> None:
-    arch = "gfx942" if "deepseek" in name else "gfx950"  # no kernel of 0.1.20 serves 128 heads on gfx950
-    compare(REAL[name], "0.1.20", arch, tmp_path)
-
-
 def compare(config: dict[str, Any], version: str, arch: str, folder: Path) -> None:
     asked = [(prompt, TOKENS) for prompt in prompts(config["vocab_size"])]
     reference = answers(core(open_backend("cuda"), config, folder), asked)
@@ -37,6 +33,23 @@ def compare(config: dict[str, Any], version: str, arch: str, folder: Path) -> No
     share = follow(core(backend, config, folder), reference, BOUND)
     print(f"{share:.1%} of {len(reference) * TOKENS} tokens", backend.ops.aiter.provider.calls)
     assert share > 0.9
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_shapes(name: str, tmp_path: Path) -> None:
+    """Rounding sends some tokens to other experts, so a bound for each would be none. In the mean, answers are about as
+    far from float32's as those of the CUDA backend in bfloat16."""
+    arch = "gfx942" if "deepseek" in name else "gfx950"  # no kernel of 0.1.20 serves 128 heads on gfx950
+    config = REAL[name]
+    asked = [(prompt, TOKENS) for prompt in prompts(config["vocab_size"])]
+    reference = answers(core(open_backend("cuda"), config | {"torch_dtype": "float32"}, tmp_path), asked)
+    noise = apart(core(open_backend("cuda"), config, tmp_path), reference)
+    backend = open_backend("rocm", emulate=True, simulate=arch, aiter="0.1.20", **GPU)
+    ours = apart(core(backend, config, tmp_path), reference)
+    print(backend.ops.aiter.provider.calls)
+    for measure in (np.mean, np.median):
+        print(f"{measure.__name__}: {measure(ours):.4f}, the CUDA backend's {measure(noise):.4f}")
+        assert measure(ours) < 1.5 * measure(noise)
 
 
 @pytest.mark.conformance(backend="rocm", emulate=True, options=GPU)
