@@ -55,7 +55,7 @@ def expected(
 def poison(spec: KVSpec, pages: int) -> Arr:
     """What a page holds that nobody owns: large values, so that reading one shows."""
     r = np.random.default_rng(99)
-    shape = (spec.parts, spec.layers, pages, spec.page_size, spec.kv_heads, spec.head_dim)
+    shape = (spec.parts, spec.depth, pages, spec.page_size, spec.kv_heads, spec.head_dim)
     out: Arr = (r.choice([-1000.0, 1000.0], size=shape) + r.integers(-3, 3, size=shape) * 8).astype(HOST[spec.dtype])
     return out
 

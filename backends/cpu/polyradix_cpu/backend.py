@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -48,7 +48,7 @@ class TorchCPUBackend(TorchBackend):
             notes.append("bfloat16 weights are kept as float32: this processor does not multiply bfloat16 itself")
         if not own:
             notes.append("attention: intel_extension_for_pytorch, archived; a prefix hit is not bit-exact with a miss")
-        features = FEATURES | {"kv_fp8"} if own else FEATURES - {"sinks"}
+        features = FEATURES | {"kv_fp8", KV_GROUPS} if own else FEATURES - {"sinks"}
         caps = _capabilities(notes, PAGE_SIZES if own else PAGE_SIZES[:1], 512, 2, own, features)
         super().__init__(caps, TorchOps() if own else TorchOps(ipex.IpexAttention(ipex.load()), invariant=False), "cpu")
 

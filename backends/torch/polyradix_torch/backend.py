@@ -14,6 +14,7 @@ import torch
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import Capabilities, check_claimed
+from polyradix.backend.layered import each_array, layered
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -42,7 +43,7 @@ from polyradix_torch.quant import Codes, QuantLinear
 
 
 class TorchBackend(ABC):
-    """Eager torch on one device. KV: per layer its parts, each [pages, page_size, kv_heads, head_dim]."""
+    """Eager torch on one device. KV: a LayerKV or Indexed for each layer, of [pages, page_size, kv_heads, head_dim]."""
 
     wide = frozenset({"norm", "latent_up"})  # kinds of parameters that are kept in float32
 
@@ -90,8 +91,8 @@ class TorchBackend(ABC):
         return weight.float() if spec.kind in self.wide else weight
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_layer = spec.parts * spec.page_size * spec.kv_heads * spec.head_dim
-        return per_layer * spec.layers * int(kv_dtype(spec.dtype).itemsize)
+        per_array = spec.parts * spec.page_size * spec.kv_heads * spec.head_dim
+        return per_array * spec.depth * int(kv_dtype(spec.dtype).itemsize)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
@@ -102,7 +103,7 @@ class TorchBackend(ABC):
 
         if spec.index:
             return [Indexed(part(spec.head_dim - spec.index), part(spec.index)) for _ in range(spec.layers)]
-        return [tuple(part(spec.head_dim) for _ in range(spec.parts)) for _ in range(spec.layers)]
+        return layered(spec, lambda: (part(spec.head_dim) for _ in range(spec.parts)))
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         with torch.inference_mode():
@@ -111,7 +112,7 @@ class TorchBackend(ABC):
             if prev is not None:
                 source = self._index(batch.from_prev)
                 tokens = torch.where(source >= 0, prev[source.clamp(min=0)].long(), tokens)
-            return TorchMeta(
+            meta = TorchMeta(
                 tokens=tokens,
                 positions=self._index(batch.positions),
                 slots=self._index(batch.slots),
@@ -120,6 +121,7 @@ class TorchBackend(ABC):
                 rows=batch.cu_q.tolist(),
                 kv_len=batch.kv_len.tolist(),
             )
+            return meta.grouped([(self._index(t.slots), self._index(t.pages)) for t in batch.others])
 
     def _index(self, x: HostArray) -> torch.Tensor:
         return torch.from_numpy(x.astype(np.int64)).to(self.device)
@@ -153,11 +155,11 @@ class TorchBackend(ABC):
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         with torch.inference_mode():
-            return done(to_numpy(torch.stack([_exported(layer, list(pages)) for layer in kv], dim=1)))
+            return done(to_numpy(torch.stack([_exported(parts, list(pages)) for parts in each_array(kv)], dim=1)))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
         with torch.inference_mode():
-            for layer, whole in zip(kv, to_torch(data, self.device).transpose(0, 1), strict=True):
+            for layer, whole in zip(each_array(kv), to_torch(data, self.device).transpose(0, 1), strict=True):
                 parts = whole[0].split([x.shape[3] for x in layer], dim=3) if isinstance(layer, Indexed) else whole
                 for cache, part in zip(layer, parts, strict=True):
                     cache[list(pages)] = part
@@ -174,4 +176,4 @@ def _exported(layer: Any, pages: list[int]) -> torch.Tensor:
 
 
 def _tensors(kv: KV) -> list[torch.Tensor]:
-    return [cache for layer in kv for cache in layer]
+    return [cache for layer in each_array(kv) for cache in layer]

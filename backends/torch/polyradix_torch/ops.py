@@ -12,7 +12,7 @@ computed per row, or in shapes that depend on nothing but a token's position. Tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import pi
 from typing import Any, get_args
 
@@ -64,6 +64,15 @@ class TorchMeta:
     rows: list[int]  # [S+1] cu_q
     kv_len: list[int]  # [S]
     rope: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # cos, sin [T,1,D/2] by table
+    others: tuple[TorchMeta, ...] = ()  # the same batch as the groups after the first see it
+
+    def grouped(self, others: list[tuple[torch.Tensor, torch.Tensor]]) -> TorchMeta:
+        """With the slots and pages of the groups after the first."""
+        return replace(self, others=tuple(replace(self, slots=slots, pages=pages) for slots, pages in others))
+
+    def of(self, kv: Any) -> TorchMeta:
+        """As the layer with this KV sees the batch."""
+        return self.others[kv.group - 1] if self.others and kv.group else self
 
 
 Attend = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor], TorchMeta, AttnSpec], torch.Tensor]
@@ -87,8 +96,8 @@ class Products(Expansions):
 
 
 class TorchOps(Products):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, one tensor,
-    or Indexed.
+    """Ops. A layer's KV is a LayerKV of two tensors [pages, page_size, kv_heads, head_dim], changed in place, or of
+    one, or Indexed.
 
     `read` replaces how attention reads the cache: (q [T,Hq,D], layer's KV, meta, spec) -> [T,Hq*D]. Unless `invariant`,
     latent attention takes the form with fewer multiplications, and a token's bits depend on its batch.
@@ -115,6 +124,7 @@ class TorchOps(Products):
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
+        m = m.of(kv)
         for cache, new in zip(kv, (k, v), strict=True):
             rows, slots = _held(new, cache.dtype), cache.view(-1, *cache.shape[2:])
             bits = torch.uint8 if rows.dtype == torch.float8_e4m3fn else rows.dtype  # torch copies no float8 by index
@@ -231,8 +241,9 @@ def attend_tiles(q: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], m: Torc
     out = torch.empty_like(q)
     for s, length in enumerate(m.kv_len):
         pages = m.pages[s, : -(-length // page_size)]
-        k, v = (_gather(cache, pages, length) for cache in kv)
         rows = slice(m.rows[s], m.rows[s + 1])
+        seen = 0 if a.window is None else max(0, length - (rows.stop - rows.start) + 1 - a.window)
+        k, v = (_gather(cache, pages, length, seen) for cache in kv)
         out[rows] = _sequence(q[rows], k, v, length, a)
     return out.flatten(1)
 
@@ -242,8 +253,9 @@ def _held(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.float().clamp(-FLOAT8_MAX, FLOAT8_MAX).to(dtype) if dtype == torch.float8_e4m3fn else x
 
 
-def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """[kv_heads, tokens rounded up to whole tiles, D] float32; zeros from `length` on, where a page holds anything."""
+def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int, begin: int = 0) -> torch.Tensor:
+    """[kv_heads, tokens rounded up to whole tiles, D] float32; zeros before `begin` and from `length` on, where a page
+    holds anything."""
     tokens = cache[pages].flatten(0, 1)
     if tokens.dtype == torch.float8_e4m3fn:
         tokens = tokens.float()
@@ -251,6 +263,8 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tens
     if whole > len(tokens):
         tokens = F.pad(tokens, (0, 0, 0, 0, 0, whole - len(tokens)))
     tokens[length:whole] = 0
+    if begin:
+        tokens[:begin] = 0
     return tokens[:whole].transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from polyradix.backend.capabilities import FEATURES, KV_FP8, QUANTS, Unsupported
+from polyradix.backend.capabilities import FEATURES, KV_FP8, KV_GROUPS, QUANTS, Unsupported
 from polyradix.backend.protocol import Heads, HostArray, KVSpec, Memory, ParamPart, ParamSpec
 from polyradix.backend.registry import check_drift
 from polyradix_conformance.cases import case
@@ -21,7 +21,7 @@ def methods(rig: Rig) -> None:
 
 
 def capabilities(rig: Rig) -> None:
-    caps, known = rig.backend.caps, FEATURES | QUANTS | {KV_FP8[0]}
+    caps, known = rig.backend.caps, FEATURES | QUANTS | {KV_FP8[0], KV_GROUPS}
     rules = (
         ("dtypes", caps.dtypes, bool(caps.dtypes) and caps.dtypes <= set(HOST), f"some of {sorted(HOST)}"),
         ("page_sizes", caps.page_sizes, bool(caps.page_sizes) and min(caps.page_sizes) > 0, "positive sizes"),

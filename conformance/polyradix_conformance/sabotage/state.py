@@ -70,7 +70,7 @@ class ExportLosesLayer(NumpyBackend):
     """An export holds the first layer twice and the last not at all."""
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
-        return super().export_pages([*kv[:-1], kv[0]], pages)
+        return super().export_pages([*kv[:-1], tuple(x.copy() for x in kv[0])], pages)
 
 
 @sabotage("L2/written")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +12,23 @@ I32: TypeAlias = NDArray[np.int32]
 F32: TypeAlias = NDArray[np.float32]
 
 
+class Table(NamedTuple):
+    """Where the layers of one group of KVSpec write and read; as the fields of HostBatch."""
+
+    slots: I32  # [T]
+    pages: I32  # [S,P]
+
+
 @dataclass(frozen=True)
 class HostBatch:
     """One ragged batch of T tokens in S sequences: prefill, chunked prefill, decode or a mix.
 
     The tokens of sequence s are rows cu_q[s]:cu_q[s+1]; they are its newest, so its last query row has position
     kv_len[s] - 1. `slots` says where each row's k and v go: page * page_size + offset, a distinct slot per row.
+
+    Of a cache in groups, `slots` and `pages` are group 0's and `others` has those of the groups after it. No page is in
+    the tables of two groups. A table may have 0 for a page that was given back, all of whose tokens lie before the
+    windows of this batch's rows; P is the same for all.
     """
 
     tokens: I32  # [T] token ids; ignored where from_prev >= 0
@@ -28,6 +39,15 @@ class HostBatch:
     pages: I32  # [S,P] page ids in sequence order; entries beyond kv_len are 0
     last: I32  # [S] the row whose logits are wanted, cu_q[s+1] - 1
     from_prev: I32  # [T] row of the previous step's samples that holds the token, or -1
+    others: tuple[Table, ...] = field(default=(), kw_only=True)
+
+    @property
+    def by_group(self) -> list[HostBatch]:
+        """The batch as the layers of each group see it, without `others`."""
+        if not self.others:
+            return [self]
+        tables = (Table(self.slots, self.pages), *self.others)
+        return [replace(self, slots=t.slots, pages=t.pages, others=()) for t in tables]
 
     @property
     def num_tokens(self) -> int:

@@ -28,6 +28,7 @@ FEATURES = frozenset(
     | {"moe", "moe_bias", "moe_clamp", "mla", "indexer"}
 )
 KV_FP8 = "kv_fp8", "kv_fp8 of latent rows"  # features of a cache, see KVSpec; the latter is nobody's yet
+KV_GROUPS = "kv_groups"  # a cache in groups, see KVSpec; no model needs it, and without it none gives pages back
 QUANTS = frozenset({"quant_fp8", "quant_int4"})  # features, too: weights kept as Quant says; nothing needs them
 
 
@@ -94,7 +95,7 @@ def validate(needs: Needs, caps: Capabilities, page_size: int | None = None) -> 
 def check_claimed(spec: KVSpec, caps: Capabilities) -> None:
     """Raises Unsupported for a cache that `caps` does not claim."""
     latent, narrow = spec.kind == "latent", spec.dtype == "float8_e4m3fn"
-    wanted = ("mla", latent), ("indexer", spec.index), (KV_FP8[latent], narrow)
+    wanted = ("mla", latent), ("indexer", spec.index), (KV_FP8[latent], narrow), (KV_GROUPS, spec.groups)
     features = frozenset(name for name, on in wanted if on)
     needs = Needs(min(caps.dtypes) if narrow else spec.dtype, 0 if latent else spec.head_dim, features)
     reasons = validate(needs, caps, spec.page_size)

@@ -15,7 +15,7 @@ import numpy as np
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import I32, HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, Capabilities, Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import Launcher
 from polyradix.backend.protocol import (
@@ -128,7 +128,7 @@ class NullBackend:
             dtypes=frozenset(HOST_DTYPES),
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
-            features=FEATURES - {"mask", "adjust"},
+            features=FEATURES - {"mask", "adjust"} | {KV_GROUPS},
             batch_invariant=True,
             async_launch=async_launch,
         )
@@ -142,7 +142,7 @@ class NullBackend:
         return None
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
+        per_token = spec.parts * spec.depth * spec.kv_heads * spec.head_dim
         return per_token * spec.page_size * HOST_DTYPES[spec.dtype].itemsize
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
@@ -172,7 +172,7 @@ class NullBackend:
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
         s = kv.spec
-        shape = (s.parts, s.layers, len(pages), s.page_size, s.kv_heads, s.head_dim)
+        shape = (s.parts, s.depth, len(pages), s.page_size, s.kv_heads, s.head_dim)
         return self._launch.future(np.zeros, shape, HOST_DTYPES[s.dtype])
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:

@@ -8,7 +8,8 @@ Rules every backend keeps:
 
 * KV is a linear value. A call that takes a KV and returns one has consumed the old handle. Backends may mutate in place
   and return the same object, or donate; the core uses only the newest handle.
-* Page 0 is scratch: padding rows write there and nobody reads it. Page ids and slots are never negative.
+* Page 0 is scratch: padding rows write there. Where a table has it for a page given back (see HostBatch), a backend may
+  read it, but nothing of it may show, NaN and infinity included. Page ids and slots are never negative.
 * `attend`, `attend_latent` and `attend_sparse` write this batch's rows into the cache first and read afterwards.
 * Activations are in the model's dtype, norm statistics and softmax in float32, logits always float32. Graphs use no
   arithmetic operators; every computation is a verb.
@@ -38,7 +39,7 @@ from polyradix.backend.capabilities import Capabilities
 PROTOCOL_VERSION = (1, 0)
 
 Array: TypeAlias = Any  # a device array of this backend
-KV: TypeAlias = Any  # the paged cache of all layers, or inside a layer body, of one layer
+KV: TypeAlias = Any  # the paged cache of all layers, or inside a layer body, of one layer, which knows its group
 Weight: TypeAlias = Any  # one packed parameter
 Meta: TypeAlias = Any  # one prepared batch
 HostArray: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -134,7 +135,7 @@ class Params:
 
 @dataclass(frozen=True)
 class KVSpec:
-    """Shape of the paged cache: per layer `parts` times [pages, page_size, kv_heads, head_dim].
+    """Shape of the paged cache: `depth` arrays, each `parts` times [pages, page_size, kv_heads, head_dim].
 
     Parts of kind `full` are k and v. Kind `latent` has one part, the rows of `attend_latent`: kv_heads is 1 and
     head_dim is LatentSpec's rank + rope; every rank holds all of it. Rows of `attend_sparse` have `index` columns more,
@@ -142,6 +143,14 @@ class KVSpec:
 
     A full cache may be float8_e4m3fn (feature kv_fp8), whatever the dtype of activations. It holds the nearest value to
     each, ties to even, and FLOAT8_MAX or its negative for what is beyond; attention reads these, of this batch too.
+
+    Without `groups` each layer has an array, and all share one table of pages. With them (feature kv_groups, of kind
+    full) layers that keep different tokens, as full and windowed ones do, have pages of their own. There are two groups
+    or more; each names its layers, ascending, and every layer is in one. The layer at place j of a group has array j,
+    and its rows are in pages of its group's table; so all pages have the same bytes, whichever group they are used for,
+    and `depth` is the size of the largest group. A page is copied, exported and imported by id, with all arrays.
+
+    Raises ValueError for groups that are not so.
     """
 
     layers: int
@@ -151,10 +160,33 @@ class KVSpec:
     dtype: KVDType
     kind: Literal["full", "latent"] = "full"
     index: int = 0
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.groups and not (
+            len(self.groups) > 1
+            and self.kind == "full"
+            and sorted(i for group in self.groups for i in group) == list(range(self.layers))
+            and all(group and list(group) == sorted(group) for group in self.groups)
+        ):
+            expected = f"none, or of kind full two or more of layers 0 to {self.layers - 1}, ascending, each once"
+            raise ValueError(f"KVSpec.groups is {self.groups}; expected {expected}")
 
     @property
     def parts(self) -> int:
         return 1 if self.kind == "latent" else 2
+
+    @property
+    def depth(self) -> int:
+        return max(map(len, self.groups), default=self.layers)
+
+    @property
+    def places(self) -> list[tuple[int, int]]:
+        """Of each layer its group, and its place there."""
+        if not self.groups:
+            return [(0, place) for place in range(self.layers)]
+        found = {layer: (g, place) for g, group in enumerate(self.groups) for place, layer in enumerate(group)}
+        return [found[layer] for layer in range(self.layers)]
 
 
 @dataclass(frozen=True)
@@ -396,14 +428,14 @@ class Backend(Protocol):
 
     def memory(self) -> Memory: ...
     def pack(self, spec: ParamSpec, read: Reader) -> Weight: ...  # into the backend's own layout, placed on the device
-    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page on one device, all layers
+    def kv_page_bytes(self, spec: KVSpec) -> int: ...  # bytes of one page on one device, all arrays
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV: ...  # zeroed; `pages` includes scratch page 0
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta: ...  # prev: i32[S'], the last samples
     def compile(self, step: Step, limits: Limits) -> Compiled: ...  # eager, capture or jit
     def sample(self, logits: Array, batch: SampleBatch) -> Array: ...  # i32[S]; semantics in backend/sampling.py
     def logprobs(self, logits: Array, tokens: Array, top: int) -> LogProbs: ...  # of the unscaled logits
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV: ...
-    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]: ...  # [part,layer,page,slot,head,dim]
+    def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]: ...  # [part,array,page,slot,head,dim]
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV: ...  # the same form, KVSpec dtype
     def fetch(self, x: Array) -> Future[HostArray]: ...  # the only device-to-host path; rows beyond S are cut off
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, KV_FP8, QUANTS, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, KV_FP8, KV_GROUPS, QUANTS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.launch import Launcher
+from polyradix.backend.layered import each_array, layered
 from polyradix.backend.numpy.ops import Arr, NumpyMeta, NumpyOps, Packed
 from polyradix.backend.protocol import (
     HOST_DTYPES,
@@ -63,7 +64,7 @@ class NumpyBackend:
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=1024,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS | {KV_FP8[0]},
+            features=FEATURES | QUANTS | {KV_FP8[0], KV_GROUPS},
             batch_invariant=True,
             async_launch=async_launch,
             max_tp=MAX_TP,
@@ -83,7 +84,7 @@ class NumpyBackend:
         return Packed(spec, self._host(spec, value, spec.shape), bias)
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        per_token = spec.parts * spec.layers * spec.kv_heads * spec.head_dim
+        per_token = spec.parts * spec.depth * spec.kv_heads * spec.head_dim
         return per_token * spec.page_size * self._kv_dtype(spec).itemsize
 
     def _kv_dtype(self, spec: KVSpec) -> np.dtype[Any]:
@@ -93,7 +94,7 @@ class NumpyBackend:
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         shape, dtype = (pages, spec.page_size, spec.kv_heads, spec.head_dim), self._kv_dtype(spec)
-        return [tuple(np.zeros(shape, dtype) for _ in range(spec.parts)) for _ in range(spec.layers)]
+        return layered(spec, lambda: (np.zeros(shape, dtype) for _ in range(spec.parts)))
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> NumpyMeta:
         batch.check_prev(prev)
@@ -131,13 +132,13 @@ class NumpyBackend:
         return np.ascontiguousarray(value.astype(HOST_DTYPES[spec.dtype]), self._wide)
 
     def _copy(self, kv: Any, src: list[int], dst: list[int]) -> Any:
-        for parts in kv:
+        for parts in each_array(kv):
             for x in parts:
                 x[dst] = x[src]
         return kv
 
     def _export(self, kv: Any, pages: list[int]) -> Arr:
-        return np.stack([np.stack([layer[i][pages] for layer in kv]) for i in range(len(kv[0]))])
+        return np.stack([np.stack([parts[i][pages] for parts in each_array(kv)]) for i in range(len(kv[0]))])
 
     def _import(self, kv: Any, pages: list[int], data: Arr) -> Any:
         expected = self._shape(kv, len(pages))
@@ -147,11 +148,11 @@ class NumpyBackend:
 
     def _shape(self, kv: Any, pages: int) -> tuple[int, ...]:
         """Of an export."""
-        return (len(kv[0]), len(kv), pages, *kv[0][0].shape[1:])
+        return (len(kv[0]), len(each_array(kv)), pages, *kv[0][0].shape[1:])
 
     def _write(self, kv: Any, pages: list[int], data: Arr) -> Any:
-        for layer, parts in enumerate(kv):
-            for x, new in zip(parts, data[:, layer], strict=True):
+        for i, parts in enumerate(each_array(kv)):
+            for x, new in zip(parts, data[:, i], strict=True):
                 x[pages] = new
         return kv
 

@@ -18,6 +18,7 @@ from polyradix.backend.batch import I32, HostBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.launch import resolve
+from polyradix.backend.layered import LayerKV
 from polyradix.backend.numpy.moe import chosen, scores
 from polyradix.backend.protocol import (
     FLOAT8_MAX,
@@ -35,7 +36,6 @@ from polyradix.backend.protocol import (
 )
 
 Arr: TypeAlias = np.ndarray[Any, np.dtype[Any]]
-LayerKV: TypeAlias = tuple[Arr, Arr]  # k and v, each [pages, page_size, kv_heads, head_dim]
 _SLOPES: dict[str, Callable[[Arr], Arr]] = {  # what the sigmoid of a gate is of
     "silu": lambda x: x,
     "gelu_tanh": lambda x: 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3),
@@ -56,7 +56,7 @@ class NumpyMeta:
     """A batch, and the previous step's samples that some of its tokens come from."""
 
     def __init__(self, batch: HostBatch, prev: Any) -> None:
-        self.batch = batch
+        self.batch, self.groups = batch, batch.by_group
         self._prev = prev
 
     def tokens(self) -> I32:
@@ -107,8 +107,8 @@ class NumpyOps(Expansions):
         cos, sin = np.split(table.value[m.batch.positions][:, None, :], 2, axis=-1)  # [T,1,D/2] each
         return self._rotate(q, cos, sin), self._rotate(k, cos, sin)
 
-    def attend(self, q: Arr, k: Arr, v: Arr, kv: LayerKV, m: NumpyMeta, a: AttnSpec) -> tuple[Arr, LayerKV]:
-        b, a = m.batch, replace(a, heads=self._local(a.heads))
+    def attend(self, q: Arr, k: Arr, v: Arr, kv: LayerKV[Arr], m: NumpyMeta, a: AttnSpec) -> tuple[Arr, LayerKV[Arr]]:
+        b, a = m.groups[kv.group], replace(a, heads=self._local(a.heads))
         keys, values = kv
         page_size = keys.shape[1]
         keys[b.slots // page_size, b.slots % page_size] = self._held(k, keys.dtype)
