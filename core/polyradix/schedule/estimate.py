@@ -20,8 +20,8 @@ class Estimate:
 
     def pages(self, growth: I32, page_size: int) -> int:
         """For requests that may store `growth` [n] more tokens each."""
-        pages = np.maximum(np.ceil(growth * (self.share / page_size)), growth > 0)
-        return int(pages.sum())
+        share = self.share / page_size
+        return int(np.ceil(growth * share).sum()) if share else int(np.count_nonzero(growth))
 
     def was_low(self) -> None:
         self.share = min(1.0, self.share + self._rise)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,7 @@ from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch
 from polyradix.grammar.spec import Matcher
 from polyradix.schedule.request import Request
 
+Slots: TypeAlias = NDArray[np.intp]  # the type that indexes an array fastest
 Finish: TypeAlias = Literal["stop", "length"]
 TokenLogProbs: TypeAlias = tuple[float, list[tuple[int, float]]]  # of the token; the best (id, logprob), descending
 LogProbArrays: TypeAlias = tuple[F32, I32, F32]  # chosen [S], ids [S,K], values [S,K]
@@ -28,9 +30,10 @@ class Plan:
 
     number: int  # counts launches from 1
     rows: list[Request]  # S
-    slots: I32  # [S], that the rows had when it was made
+    slots: Slots  # [S], that the rows had when it was made
     host: HostBatch
     sample: SampleBatch
+    plain: NDArray[np.bool_]  # [S] whose sample, unless it is a stop token, is appended and nothing more
     top_logprobs: int | None  # the most alternatives a row wants, None if no row wants logprobs
     masked: bool = False  # a row has a grammar, or penalties and such: sampling needs all earlier plans applied
 
@@ -63,6 +66,10 @@ def details(row: int, n: int, logprobs: LogProbArrays) -> list[TokenLogProbs]:
     return [(float(chosen[row]), list(zip(ids[row, :n].tolist(), values[row, :n].tolist(), strict=True)))]
 
 
+def slots_of(requests: Iterable[Request]) -> Slots:
+    return np.array([req.slot for req in requests], np.intp)
+
+
 class RowTable:
     """State of up to `rows` running requests, one row each, as arrays: `slot` below is an index into them."""
 
@@ -82,6 +89,8 @@ class RowTable:
         self.seed = np.zeros(rows, np.int32)
         self.logprobs = np.zeros(rows, np.int32)  # -1: none wanted
         self.masked = np.zeros(rows, np.bool_)  # as in Plan
+        self.importance = np.zeros(rows, np.int64)  # Request.rank[0]
+        self.plain = np.zeros(rows, np.bool_)  # wants no logprobs and is not masked
         self._free = list(range(rows - 1, -1, -1))
 
     @property
@@ -98,9 +107,11 @@ class RowTable:
         self.fed[slot] = len(req.fed)
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot] = max(p.top_k, 0)
-        self.seed[slot] = np.uint32(req.seed & 0xFFFFFFFF).astype(np.int32)
-        self.masked[slot] = req.matcher is not None or req.params.adjusting != ""
+        self.seed[slot] = (req.seed + 2**31) % 2**32 - 2**31
+        self.masked[slot] = req.matcher is not None or p.adjusting != ""
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self.importance[slot] = req.rank[0]
+        self.plain[slot] = p.logprobs is None and not self.masked[slot]
 
     def set_pages(self, req: Request) -> None:
         self.pages[req.slot, : len(req.pages)] = req.pages
@@ -116,12 +127,12 @@ class RowTable:
         most: I32 = self.limit - np.maximum(self.computed, self.fed)
         return most
 
-    def may_grow(self, slots: I32) -> NDArray[np.bool_]:
+    def may_grow(self, slots: Slots) -> NDArray[np.bool_]:
         """Which of these slots can take one more token and sample after it."""
         can: NDArray[np.bool_] = self.computed[slots] + 1 < self.limit[slots]
         return can
 
-    def build(self, number: int, rows: list[Request], slots: I32, chunks: list[int], applied: int) -> Plan:
+    def build(self, number: int, rows: list[Request], slots: Slots, chunks: list[int], applied: int) -> Plan:
         """The plan of rows with these slots, the last len(chunks) of them prefill with that many tokens. Advances the
         table past it. `applied`: the newest plan whose samples the host has. Every request that decodes is in every
         plan until it ends, so a token unknown to the host is a sample of the plan before this one."""
@@ -141,10 +152,14 @@ class RowTable:
             seed=self.seed[slots],
             position=host.kv_len,
         )
-        top = int(self.logprobs[slots].max())
-        return Plan(number, rows, slots, host, sample, top if top >= 0 else None, bool(self.masked[slots].any()))
+        plain, top, masked = self.plain[slots], -1, False
+        if not plain.all():
+            top, masked = int(self.logprobs[slots].max()), bool(self.masked[slots].any())
+        plain &= host.kv_len + 1 < self.limit[slots]
+        plain[len(slots) - len(chunks) :] = False
+        return Plan(number, rows, slots, host, sample, plain, top if top >= 0 else None, masked)
 
-    def _host(self, rows: list[Request], slots: I32, start: I32, chunks: list[int], applied: int) -> HostBatch:
+    def _host(self, rows: list[Request], slots: Slots, start: I32, chunks: list[int], applied: int) -> HostBatch:
         size, n = self.page_size, len(slots)
         decodes = slots[: n - len(chunks)]
         index = np.arange(n + 1, dtype=np.int32)
@@ -153,12 +168,12 @@ class RowTable:
             counts = np.ones(n, np.int32)
             counts[len(decodes) :] = chunks
             cu_q = np.zeros(n + 1, np.int32)
-            np.cumsum(counts, out=cu_q[1:])
-            row_of = np.repeat(index[:n], counts)
+            counts.cumsum(out=cu_q[1:])
+            row_of = index[:n].repeat(counts)
             positions = np.arange(cu_q[-1], dtype=np.int32) + (start - cu_q[:-1])[row_of]
             kv_len = start + counts
-            begin = start.tolist()
-            parts = [rows[s].fed[begin[s] : begin[s] + c] for s, c in enumerate(chunks, len(decodes))]
+            first = start[len(decodes) :].tolist()
+            parts = [req.fed[a : a + c] for req, a, c in zip(rows[len(decodes) :], first, chunks, strict=True)]
             tokens = np.concatenate([tokens, *parts])
         used = (kv_len + np.int32(size - 1)) // size
         pages = self.pages[:, : int(used.max())].take(slots, axis=0)

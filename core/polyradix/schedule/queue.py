@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from typing import Literal
 
@@ -58,7 +58,7 @@ class WaitingQueue:
     def remove(self, req: Request) -> None:
         tenant = self._tenant(req)
         queue = self._queues[tenant]
-        del queue[bisect_left(queue, req.rank, key=_rank)]
+        del queue[0 if queue[0] is req else bisect_left(queue, req.rank, key=_rank)]
         self._count -= 1
         if not queue:
             del self._queues[tenant]
@@ -83,8 +83,13 @@ class WaitingQueue:
             push(rest)
 
     def charge(self, req: Request, tokens: int) -> None:
-        """Count service given to the request's tenant: tokens of prompt, or of output times OUTPUT_WEIGHT."""
+        """Count tokens of prompt computed for the request's tenant."""
         self._served[self._tenant(req)] += tokens
+
+    def charge_outputs(self, tenants: Iterable[str]) -> None:
+        """Count a token of output for each time that a tenant is named."""
+        for tenant, tokens in Counter(tenants).items():
+            self._served[tenant] += OUTPUT_WEIGHT * tokens
 
     def _tenant(self, req: Request) -> str:
         return req.tenant if self._fair else ""

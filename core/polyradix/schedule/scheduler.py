@@ -14,7 +14,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import compress
 
 import numpy as np
 
@@ -25,8 +24,8 @@ from polyradix.schedule.config import SchedulerConfig as SchedulerConfig
 from polyradix.schedule.estimate import Estimate
 from polyradix.schedule.jump import begin, forced
 from polyradix.schedule.params import InvalidParam
-from polyradix.schedule.plan import Finish, LogProbArrays, Output, Plan, RowTable, details
-from polyradix.schedule.queue import OUTPUT_WEIGHT, WaitingQueue
+from polyradix.schedule.plan import Finish, LogProbArrays, Output, Plan, RowTable, Slots, details, slots_of
+from polyradix.schedule.queue import WaitingQueue
 from polyradix.schedule.request import Request
 
 SPREAD = 2  # steps of single rows, at most, in place of one with chunks
@@ -50,8 +49,7 @@ class Scheduler:
         self._estimate = Estimate(config.conservativeness)
         self._prefilling: list[Request] = []  # admitted, with prompt tokens left to plan
         self._decoding: list[Request] = []
-        self._slots: I32 = np.empty(0, np.int32)  # of _decoding, gathered anew when _stale
-        self._stale = False
+        self._slots: Slots = np.empty(0, np.intp)  # of _decoding; never written to, as plans keep it
         self._filling: list[Request] = []  # admitted, with a prefill not fully applied: others may wait for its prefix
         self._flight: deque[Plan] = deque()
         self._launched = 0
@@ -101,18 +99,18 @@ class Scheduler:
         chunks = self._chunks(self.config.max_tokens - len(rows))
         if not rows and not chunks:
             return None
-        decoding = len(self._decoding)
         parts = self._parts(chunks, self.config.max_seqs - len(rows))
         if parts:
             rows = rows + [req for req, _ in parts]
-            slots = np.concatenate((slots, np.array([req.slot for req, _ in parts], np.int32)))
+            slots = np.concatenate((slots, slots_of(req for req, _ in parts)))
         plan = self._table.build(self._launched + 1, rows, slots, [n for _, n in parts], self._applied)
         self._launched += 1
         self._estimate.fade()
         self._flight.append(plan)
-        self._decoding += [req for req, n in chunks if self._left(req) == 0]
-        self._prefilling = [req for req in self._prefilling if self._left(req)]
-        self._stale |= len(self._decoding) != decoding
+        if begun := [req for req, _ in chunks if self._left(req) == 0]:
+            self._decoding += begun
+            self._slots = np.concatenate((self._slots, slots_of(begun)))
+            self._prefilling = [req for req in self._prefilling if self._left(req)]
         return plan
 
     def apply(self, plan: Plan, tokens: I32, logprobs: LogProbArrays | None = None) -> list[Output]:
@@ -123,34 +121,39 @@ class Scheduler:
         if wanted and any(req.params.logprobs is not None and not req.finished for req in plan.rows):
             raise ValueError(f"logprobs is None; expected {plan.top_logprobs} a row, as plan {plan.number} says")
         self._flight.popleft()
-        out, jumping = list[Output](), list[Output]()
-        for row, (req, token, end) in enumerate(
-            zip(plan.rows, tokens.tolist(), plan.host.kv_len.tolist(), strict=True)
-        ):
+        out, special = list[Output](), list[Output]()
+        columns = plan.rows, tokens.tolist(), plan.host.kv_len.tolist(), plan.plain.tolist()
+        for row, (req, token, end, plain) in enumerate(zip(*columns, strict=True)):
             if req.finished:
                 continue
             req.stored = end
+            if plain and token not in req.stops:
+                req.outputs.append(token)
+                out.append(Output(req, [token]))
+                continue
             if end < req.prefill:
                 continue
-            finish = self._append(req, token, end + 1)
-            out.append(o := Output(req, [token], finish))
+            o = Output(req, [token], self._append(req, token, end + 1))
+            out.append(o)
+            special.append(o)
             if logprobs is not None and req.params.logprobs is not None:
                 o.logprobs = details(row, req.params.logprobs, logprobs)
             if req.ahead:
                 o.tokens, req.ahead = [*req.ahead, token], []
-            if finish is None and req.jumps:
-                jumping.append(o)
         self._table.token[plan.slots] = tokens  # where a slot is another request's by now, it is set again in time
         for req in [req for req in self._filling if req.stored >= req.prefill]:
             self._filling.remove(req)
             self._share(req, req.fed)
-        for o in jumping:
-            self._jump(o)
-        for o in out if self.config.fair else ():
-            self._queue.charge(o.req, OUTPUT_WEIGHT * len(o.tokens))
-        for o in [o for o in out if o.finish is not None]:
-            del self._known[o.req.rid]
-            self._leave(o.req)
+        for o in special:
+            if o.finish is None and o.req.jumps:
+                self._jump(o)
+        if self.config.fair:
+            ahead = [o.req.tenant for o in special for _ in o.tokens[1:]]
+            self._queue.charge_outputs([o.req.tenant for o in out] + ahead)
+        for o in special:
+            if o.finish is not None:
+                del self._known[o.req.rid]
+                self._leave(o.req)
         self._drain()
         return out
 
@@ -241,18 +244,17 @@ class Scheduler:
         """Prefill tokens not planned yet."""
         return max(0, len(req.fed) - int(self._table.computed[req.slot]))
 
-    def _ready(self) -> tuple[list[Request], I32] | None:
+    def _ready(self) -> tuple[list[Request], Slots] | None:
         """The requests that decode in the next plan and their slots, each with a page for its token. None when pages
         ran out and only the plans in flight can tell what to do."""
         while True:
-            if self._stale:
-                self._slots = np.array([req.slot for req in self._decoding], np.int32)
-                self._stale = False
-            rows, slots = self._decoding, self._slots
+            rows, slots = list(self._decoding), self._slots
             can = self._table.may_grow(slots)
-            if not can.all():
-                rows, slots = list(compress(rows, can.tolist())), slots[can]
-            full = np.flatnonzero(self._table.computed[slots] % self.config.page_size == 0).tolist()
+            if ending := (~can).nonzero()[0].tolist():
+                slots = slots[can]
+                for row in reversed(ending):
+                    del rows[row]
+            full = (self._table.computed[slots] % self.config.page_size == 0).nonzero()[0].tolist()
             pages = self._take(len(full))
             if pages is not None:
                 break
@@ -260,11 +262,11 @@ class Scheduler:
                 return None
             self._retract(max(self._prefilling + self._decoding, key=_yields))
             self._estimate.was_low()
-        for i, page in zip(full, pages, strict=True):
-            req = rows[i]
-            self._table.pages[req.slot, len(req.pages)] = page
+        grown = [rows[i] for i in full]
+        self._table.pages[slots[full], [len(req.pages) for req in grown]] = pages
+        for req, page in zip(grown, pages, strict=True):
             req.pages.append(page)
-        return list(rows), slots
+        return rows, slots
 
     def _chunks(self, budget: int) -> list[tuple[Request, int]]:
         """Prefill for the next plan within a budget of tokens: what is begun first, then new requests."""
@@ -301,6 +303,9 @@ class Scheduler:
                 self.blocked, self._claim = True, req
                 break
             yield req
+            if not self._table.available and self.config.policy != "priority":
+                self.blocked = bool(self._queue)
+                return
         yield from begun
 
     def _make_way(self) -> bool:
@@ -317,7 +322,11 @@ class Scheduler:
 
     def _yielding(self, req: Request) -> list[Request]:
         """The fewest running requests, all less important, without which a waiting one can be admitted; maybe none."""
-        worse = [other for other in self._prefilling + self._decoding if other.rank[0] > req.rank[0]]
+        if self.config.policy != "priority":
+            return []
+        worse = [other for other in self._prefilling if other.rank[0] > req.rank[0]]
+        less = self._table.importance[self._slots] > req.rank[0]
+        worse += [self._decoding[row] for row in less.nonzero()[0].tolist()]
         if not worse:
             return []
         worse.sort(key=_yields, reverse=True)
@@ -386,7 +395,7 @@ class Scheduler:
     def _reserve(self, without: Sequence[Request] = ()) -> int:
         """Pages for the outputs to come of what runs, but for some."""
         growth = self._table.growth()
-        growth[[other.slot for other in without]] = 0
+        growth[slots_of(without)] = 0
         return self._estimate.pages(growth, self.config.page_size)
 
     def _take(self, n: int, keep: int = 0) -> list[int] | None:
@@ -428,9 +437,8 @@ class Scheduler:
             if out.finish:
                 break
         req.feed(req.tokens())
-        self._decoding.remove(req)
+        self._stop_decoding(req)
         self._prefilling.insert(0, req)
-        self._stale = True
         self.jumped_tokens += len(req.fed) - known
 
     def _share(self, req: Request, tokens: I32) -> None:
@@ -454,12 +462,18 @@ class Scheduler:
         self._share(req, req.tokens())
         assert req.node is not None
         self._release(req.pages[req.shared :], req.node)
-        for group in (self._prefilling, self._decoding, self._filling):
+        self._stop_decoding(req)
+        for group in (self._prefilling, self._filling):
             if req in group:
                 group.remove(req)
-        self._stale = True
         self._table.release(req)
         req.node, req.pages, req.shared, req.stored = None, [], 0, 0
+
+    def _stop_decoding(self, req: Request) -> None:
+        here = self._slots == req.slot
+        for row in here.nonzero()[0].tolist():
+            del self._decoding[row]
+            self._slots = self._slots[~here]
 
     def _retract(self, req: Request) -> None:
         """Back to the front of the queue; its prefill will compute prompt and outputs again. Nothing is in flight."""
