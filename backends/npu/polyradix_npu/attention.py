@@ -1,26 +1,40 @@
-"""Attention through the vendor's fused op, in the layout that takes the head size.
+"""Attention through the vendor's ops, in the form that takes the head size.
 
-TND packs all sequences into one call, but takes few head sizes; which, depends on CANN, so each is tried at start-up.
-Every other size goes in BSND: sequences of one new token in one call, every longer one in a call of its own.
+The fused op takes several layouts. TND packs all sequences into one call, but takes few head sizes; in BSND and BSH,
+sequences of one new token share a call and every longer one has its own. Where the fused op takes a head size in none
+of them, ATB's op reads the cache for single new tokens, and torch does the rest. Which form works depends on CANN: each
+that it should have is tried once for a head size, before the first use.
 """
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from polyradix.backend.protocol import AttnSpec
+from polyradix.backend.protocol import AttnSpec, Heads
 from polyradix_npu import calls
 from polyradix_torch.ops import TorchMeta
 
+log = logging.getLogger(__name__)
+
 KV = tuple[torch.Tensor, torch.Tensor]  # of one layer, [pages, page, heads, D]
 SINK_SIZE = 128  # the largest head with which the fused op takes sinks
-# Head sizes to try in TND by the CANN that brought them: 128 and 192 are documented with torch-npu 2.10 and 2.13, 64
-# was reported with CANN 9 (vllm-ascend issue 9632).
-TND_SIZES = ((8, (128, 192)), (9, (64,)))
+SIZES = range(16, 513, 16)
+# Form, the major version of CANN that brought it, and head sizes; the first that works is taken. TND of 128 and 192 is
+# documented with torch-npu 2.10 and 2.13, of 64 it was reported with CANN 9 (vllm-ascend issue 9632). ATB's op takes
+# block_size * head_size up to 128 * 128.
+TABLE = (
+    ("TND", 8, (128, 192)),
+    ("TND", 9, (64,)),
+    ("BSND", 8, SIZES),
+    ("BSH", 8, SIZES),
+    ("ATB", 8, range(16, 129, 16)),
+)
+CAPTURED = ("TND", "BSND", "BSH")  # forms of single tokens whose lengths a graph is given anew
 
 
 @dataclass(frozen=True)
@@ -32,28 +46,70 @@ class Sinks:
 
 
 @dataclass(frozen=True)
-class Fused:
-    """What attention needs to know of its device."""
+class Forms:
+    """Of one head size: the form for sequences of one new token, and for longer ones, in which TND has all."""
 
-    mask: torch.Tensor
-    tnd: frozenset[int]
+    single: str
+    longer: str
+
+
+class Fused:
+    """Attention in bfloat16 on a device with this CANN, '' if unknown, over pages of `page` tokens."""
+
+    def __init__(self, mask: torch.Tensor, cann: str, page: int) -> None:
+        self.mask, self._page = mask, page
+        self._major = int(cann.split(".")[0]) if cann[:1].isdigit() else max(since for _, since, _ in TABLE)
+        self._forms: dict[int, Forms] = {}
+
+    def forms(self, dim: int) -> Forms:
+        """What works for heads of `dim`."""
+        if dim not in self._forms:
+            named = [form for form, since, sizes in TABLE if since <= self._major and dim in sizes]
+            longer = next((form for form in named if form != "ATB" and self._works(form, dim, 2)), "torch")
+            rest = ["TND"] if longer == "TND" else [form for form in named if form != "TND"]
+            single = next((form for form in rest if self._works(form, dim, 1)), "torch")
+            self._forms[dim] = Forms(single, longer)
+            if single not in CAPTURED or longer == "torch":
+                log.warning("heads of %d: single tokens attend in %s, longer prompts in %s", dim, single, longer)
+        return self._forms[dim]
+
+    def _works(self, form: str, dim: int, rows: int) -> bool:
+        def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.mask.device)
+
+        kv, a = (zeros(1, self._page, 1, dim), zeros(1, self._page, 1, dim)), AttnSpec(Heads(1, 1, dim), 1.0)
+        pages, q = zeros(1, 1, dtype=torch.int32), zeros(rows, 1, dim)
+        with suppress(OSError, RuntimeError, ValueError):  # OSError: the library of an op is not installed
+            if form == "TND":
+                self._packed(q, kv, pages, [0, rows], [rows], a)
+            elif rows == 1:
+                _singles(form, q, kv, pages, pages[0], [1], a)
+            else:
+                self._longer(form, q, kv, pages, rows, a)
+            torch.npu.synchronize()  # another thread may launch it
+            return True
+        return False
 
     def attend(self, q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
         """q [T,Hq,D], whose keys and values are in the cache already -> [T,Hq*D]."""
-        if a.heads.dim in self.tnd:
-            out = _call(q, kv, m.pages, m.kv_len, "TND", a, **self._masked(a), actual_seq_qlen=m.rows[1:])
-        else:
-            out = self._by_sequence(q, kv, m, a)
-        return out.reshape(len(q), -1)
+        forms = self.forms(a.heads.dim)
+        if forms.longer == "TND":
+            return self._packed(q, kv, m.pages, m.rows, m.kv_len, a).flatten(1)
+        if len(q) == len(m.kv_len):
+            return _singles(forms.single, q, kv, m.pages, m.positions, m.kv_len, a).flatten(1)
+        return self._by_sequence(forms, q, kv, m, a).flatten(1)
+
+    def _packed(
+        self, q: torch.Tensor, kv: KV, pages: torch.Tensor, rows: list[int], kv_len: list[int], a: AttnSpec
+    ) -> torch.Tensor:
+        return _call(q, kv, pages, kv_len, "TND", a, **self._masked(a), actual_seq_qlen=rows[1:])
 
     def _masked(self, a: AttnSpec) -> dict[str, Any]:
         if a.window is None:
             return {"sparse_mode": calls.CAUSAL, "atten_mask": self.mask}
         return {"sparse_mode": calls.BAND, "atten_mask": self.mask, "pre_tokens": a.window - 1, "next_tokens": 0}
 
-    def _by_sequence(self, q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
-        if len(q) == len(m.kv_len):
-            return _singles(q, kv, m.pages, m.positions, m.kv_len, a)
+    def _by_sequence(self, forms: Forms, q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
         spans = [slice(*m.rows[s : s + 2]) for s in range(len(m.kv_len))]
         ones = [s for s, span in enumerate(spans) if span.stop - span.start == 1]
         out = torch.empty_like(q)
@@ -61,34 +117,48 @@ class Fused:
             at = torch.tensor([[spans[s].start for s in ones], ones], dtype=torch.int32).to(q.device)
             asked, positions = q.index_select(0, at[0]), m.positions.index_select(0, at[0])
             pages, lengths = m.pages.index_select(0, at[1]), [m.kv_len[s] for s in ones]
-            out[at[0].long()] = _singles(asked, kv, pages, positions, lengths, a)
+            out[at[0].long()] = _singles(forms.single, asked, kv, pages, positions, lengths, a)
         for s, span in enumerate(spans):
             if span.stop - span.start > 1:
-                more = self._masked(a)
-                out[span] = _call(q[span][None], kv, m.pages[s : s + 1], m.kv_len[s : s + 1], "BSND", a, **more)[0]
+                out[span] = self._longer(forms.longer, q[span], kv, m.pages[s : s + 1], m.kv_len[s], a)
         return out
+
+    def _longer(
+        self, form: str, q: torch.Tensor, kv: KV, pages: torch.Tensor, length: int, a: AttnSpec
+    ) -> torch.Tensor:
+        """The newest n tokens of one sequence, q [n,Hq,D]."""
+        if form == "torch":
+            return plain(q, kv, pages, [0, len(q)], [length], a)
+        return _call(q[None], kv, pages, [length], form, a, **self._masked(a))[0]
 
 
 def _singles(
-    q: torch.Tensor, kv: KV, pages: torch.Tensor, positions: torch.Tensor, kv_len: list[int], a: AttnSpec
+    form: str, q: torch.Tensor, kv: KV, pages: torch.Tensor, positions: torch.Tensor, kv_len: list[int], a: AttnSpec
 ) -> torch.Tensor:
-    """One new token a sequence; windows need a mask of their own, as sparse modes have no effect on a single row."""
+    """One new token a sequence, q [S,Hq,D]; windows need a mask of their own, as sparse modes have no effect on a
+    single row. ATB's op has no windows and no sinks."""
+    if form == "ATB" and a.window is None and a.sinks is None:
+        return calls.attend_singles(q, kv, pages, kv_len, a.heads.q, a.heads.kv, a.scale)
+    if form in ("ATB", "torch"):
+        return plain(q, kv, pages, list(range(len(q) + 1)), kv_len, a)
     more: dict[str, Any] = {}
     if a.window is not None:
         keys = torch.arange(pages.shape[1] * kv[0].shape[1], dtype=torch.int32, device=q.device)
         more["atten_mask"] = (keys[None] <= positions[:, None] - a.window)[:, None, None]
-    return _call(q[:, None], kv, pages, kv_len, "BSND", a, **more)[:, 0]
+    return _call(q[:, None], kv, pages, kv_len, form, a, **more)[:, 0]
 
 
 def _call(
     q: torch.Tensor, kv: KV, pages: torch.Tensor, kv_len: list[int], layout: str, a: AttnSpec, **more: Any
 ) -> torch.Tensor:
+    """The fused op in `layout`: q and the output [T,Hq,D] in TND, else [B,n,Hq,D]."""
     flat, sinks = (kv[0].flatten(2), kv[1].flatten(2)), a.sinks
     more |= {"block_table": pages, "block_size": kv[0].shape[1], "actual_seq_kvlen": kv_len}
     if native := sinks is not None and sinks.exact is not None and layout == "TND" and a.heads.dim <= SINK_SIZE:
         more["learnable_sink"] = sinks.exact
-    summed = not (sinks is None or native)
-    out, log_sum = calls.attend(q, flat, layout, a.heads.q, a.heads.kv, a.scale, summed=summed, **more)
+    summed, asked = not (sinks is None or native), q.flatten(2) if layout == "BSH" else q
+    out, log_sum = calls.attend(asked, flat, layout, a.heads.q, a.heads.kv, a.scale, summed=summed, **more)
+    out = out.view(q.shape)
     if sinks is None or native:
         return out
     if layout != "TND":
@@ -96,15 +166,18 @@ def _call(
     return (out * (log_sum - sinks.scores[:, None]).sigmoid()).to(out.dtype)
 
 
-def plain(q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
-    """As Fused.attend, in torch and sequence by sequence: for float32, which the fused op does not take."""
+def plain(
+    q: torch.Tensor, kv: KV, pages: torch.Tensor, rows: list[int], kv_len: list[int], a: AttnSpec
+) -> torch.Tensor:
+    """In torch, in float32, sequence by sequence: q [T,Hq,D], of which sequence s has rows[s] to rows[s + 1]."""
     out = torch.empty_like(q)
-    for s, length in enumerate(m.kv_len):
-        span = slice(*m.rows[s : s + 2])
-        used = m.pages[s, : -(-length // kv[0].shape[1])]
-        k, v = (cache.index_select(0, used).flatten(0, 1)[:length].transpose(0, 1) for cache in kv)
-        out[span] = _sequence(q[span].unflatten(1, (a.heads.kv, -1)).permute(1, 2, 0, 3), k, v, a)
-    return out.flatten(1)
+    for s, length in enumerate(kv_len):
+        span = slice(*rows[s : s + 2])
+        used = pages[s, : -(-length // kv[0].shape[1])]
+        k, v = (cache.index_select(0, used).flatten(0, 1)[:length].transpose(0, 1).float() for cache in kv)
+        asked = q[span].float().unflatten(1, (a.heads.kv, -1)).permute(1, 2, 0, 3)
+        out[span] = _sequence(asked, k, v, a).to(q.dtype)
+    return out
 
 
 def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttnSpec) -> torch.Tensor:
@@ -118,19 +191,3 @@ def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttnSpec) ->
         lone = a.sinks.scores.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, lone], dim=-1)
     return (scores.softmax(-1)[..., :length] @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2)
-
-
-def tnd_sizes(mask: torch.Tensor, cann: str, page: int) -> frozenset[int]:
-    """Of the head sizes that this CANN, or an unknown one, should take in TND, those with which a call succeeds."""
-    major = int(cann.split(".")[0]) if cann[:1].isdigit() else max(since for since, _ in TND_SIZES)
-    out = set()
-    for size in (size for since, sizes in TND_SIZES if since <= major for size in sizes):
-        q = torch.zeros(2, 1, size, dtype=torch.bfloat16, device=mask.device)
-        cache = torch.zeros(1, page, size, dtype=torch.bfloat16, device=mask.device)
-        pages = torch.zeros(1, 1, dtype=torch.int32, device=mask.device)
-        paged = {"block_table": pages, "block_size": page, "actual_seq_qlen": [2], "actual_seq_kvlen": [2]}
-        with suppress(RuntimeError, ValueError):
-            calls.attend(q, (cache, cache), "TND", 1, 1, 1.0, **paged, sparse_mode=calls.CAUSAL, atten_mask=mask)
-            torch.npu.synchronize()  # another thread may launch it
-            out.add(size)
-    return frozenset(out)

@@ -28,7 +28,7 @@ from polyradix.backend.protocol import (
     Weight,
 )
 from polyradix_npu import calls, latent
-from polyradix_npu.attention import Fused, Sinks, tnd_sizes
+from polyradix_npu.attention import CAPTURED, TABLE, Fused, Sinks
 from polyradix_npu.graphs import Decode, Graphs, StaticBatch, sizes
 from polyradix_npu.ops import Experts, NpuOps
 from polyradix_torch.backend import TorchBackend
@@ -49,13 +49,14 @@ class NpuBackend(TorchBackend):
 
     def __init__(self, index: int, capture: bool, emulated: bool) -> None:
         device = torch.device("npu", index)
-        mask, cann = calls.fixed_mask(device), get_cann_version()
-        self._fused = Fused(mask, tnd_sizes(mask, cann, PAGE))
+        cann = get_cann_version()
+        self._fused = Fused(calls.fixed_mask(device), cann, PAGE)
         self._capture, self._captured = capture, False
         self._limits: Limits | None = None
         self._static: StaticBatch | None = None
         self._still: int | None = None  # bytes that weights and cache take, without any step
-        packed = ", ".join(map(str, sorted(self._fused.tnd))) or "none"
+        packed = [size for form, _, sizes in TABLE if form == "TND" for size in sizes]
+        packed = [size for size in packed if self._fused.forms(size).longer == "TND"]
         caps = Capabilities(
             name="npu",
             device=torch.npu.get_device_name(index),
@@ -72,7 +73,7 @@ class NpuBackend(TorchBackend):
             notes=(
                 f"torch-npu {torch_npu.__version__}, CANN {cann or 'unknown'}, decode "
                 + ("captured" if capture else "eager"),
-                f"head sizes that share one attention call (TND): {packed}",
+                f"head sizes that share one attention call (TND): {', '.join(map(str, packed)) or 'none'}",
             ),
         )
         super().__init__(caps, NpuOps(self._fused), str(device))
@@ -105,10 +106,16 @@ class NpuBackend(TorchBackend):
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         split = spec.kind == "latent" and spec.head_dim == latent.RANK + latent.ROPE and spec.dtype == "bfloat16"
-        self._captured = self._capture and spec.dtype == "bfloat16" and (spec.kind == "full" or split)
+        known = split or (spec.kind == "full" and spec.dtype == "bfloat16" and self._captures(spec.head_dim))
+        self._captured = self._capture and known
         kv = self._latent_kv(spec, pages) if split else super().alloc_kv(spec, pages)
         self._still = settled(torch.npu, self.device)
         return kv
+
+    def _captures(self, dim: int) -> bool:
+        """Tries the forms for heads of `dim`."""
+        with torch.inference_mode():
+            return self._fused.forms(dim).single in CAPTURED
 
     def _latent_kv(self, spec: KVSpec, pages: int) -> KV:
         shapes = [(pages, spec.page_size, 1, width) for width in (latent.RANK, latent.ROPE)]

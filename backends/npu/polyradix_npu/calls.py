@@ -85,6 +85,32 @@ def attend(
     return out, log_sum
 
 
+def attend_singles(
+    q: torch.Tensor,
+    kv: tuple[torch.Tensor, torch.Tensor],
+    pages: torch.Tensor,
+    kv_len: list[int],
+    heads: int,
+    kv_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    """ATB's attention of one new token a sequence: q and output [S,N,D], caches [pages, page, kv heads, D]. OSError
+    without the NNAL package."""
+    out = torch.empty_like(q)
+    torch_npu._npu_paged_attention(
+        query=q.contiguous(),
+        key_cache=kv[0],
+        value_cache=kv[1],
+        num_kv_heads=kv_heads,
+        num_heads=heads,
+        scale_value=scale,
+        block_table=pages,
+        context_lens=torch.tensor(kv_len, dtype=torch.int32),
+        out=out,
+    )
+    return out
+
+
 def gate_softmax(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [T,k] in the dtype of the logits [T,E], and ids int32 [T,k], best first; not renormalised."""
     weights, ids, _ = torch_npu.npu_moe_gating_top_k_softmax(logits.contiguous(), None, k)

@@ -67,10 +67,10 @@ def mapped(given: dict[str, Any], fn: Callable[[torch.Tensor], torch.Tensor]) ->
 
 def check(op: str, given: dict[str, Any], values: bool = True) -> None:
     """Raises WrongCall for a call that the documents forbid, and for an op that has no contract here."""
-    from polyradix_npu.contracts_attention import attention
+    from polyradix_npu import contracts_attention
 
-    checks: dict[str, Check] = CHECKS | {"npu_fused_infer_attention_score_v2": attention}
-    name = op.removeprefix("npu::")
+    checks: dict[str, Check] = CHECKS | contracts_attention.CHECKS
+    name = op.partition("::")[2] or op
     if name not in checks:
         raise WrongCall(f"{op}: no contract of it is known; expected one of {', '.join(sorted(checks))}")
     checks[name](Given(op=name, values=values, **given))

@@ -1,4 +1,5 @@
-"""The documented rules of npu_fused_infer_attention_score_v2, for the layouts BSND and TND."""
+"""The documented rules of npu_fused_infer_attention_score_v2, for the layouts BSH, BSND and TND, and of ATB's
+_npu_paged_attention (PagedAttentionOperation in CANN's documents)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from polyradix_npu.contracts import HALF, Given
+from polyradix_npu.contracts import HALF, Check, Given
 
 MASK = 2048
 TND_SIZES = (128, 192)
@@ -18,9 +19,13 @@ _seen = WeakIdKeyDictionary()  # masks whose values were looked at
 
 
 def attention(c: Given) -> None:
-    c.need(c.input_layout in ("BSND", "TND"), "input_layout", "'BSND' or 'TND'")
+    c.need(c.input_layout in ("BSH", "BSND", "TND"), "input_layout", "'BSH', 'BSND' or 'TND'")
     tnd = c.input_layout == "TND"
-    c.tensor("query", HALF, (3,) if tnd else (4,))
+    c.tensor("query", HALF, (4,) if c.input_layout == "BSND" else (3,))
+    if c.input_layout == "BSH":
+        c.need(c.query.shape[-1] % c.num_query_heads == 0, "num_query_heads", "a divisor of the last axis of query")
+        c.need(c.query_rope is None, "query_rope", "None with BSH: no contract of it is known here")
+        c.query = c.query.unflatten(-1, (c.num_query_heads, -1))
     for name in ("key", "value"):
         c.tensor(name, HALF, (3, 4))
         c.alike(name, "query")
@@ -127,14 +132,17 @@ def _paged(c: Given, batch: int, longest: int, tnd: bool) -> None:
     else:
         c.need(size in (128, 256, 384, 512), "block_size", "whole 128s up to 512 for several query rows")
     c.need(len(table) == batch, "block_table", f"{batch} rows")
+    _blocks(c, "actual_seq_kvlen", lengths, size, len(c.key))
+
+
+def _blocks(c: Given, name: str, lengths: list[int], size: int, blocks: int) -> None:
+    table = c.block_table
     room = table.shape[1] * size
-    c.need(max(lengths) <= room, "actual_seq_kvlen", f"lengths up to {room}, what block_table holds: they are no sums")
+    c.need(max(lengths) <= room, name, f"lengths up to {room}, what block_table holds: they are no sums", lengths)
     if c.values:
         held = table.cpu()
         used = torch.arange(table.shape[1])[None] * size < torch.tensor(lengths)[:, None]
-        c.need(
-            bool(((held >= 0) & (held < len(c.key)))[used].all()), "block_table", f"blocks from 0 to {len(c.key) - 1}"
-        )
+        c.need(bool(((held >= 0) & (held < blocks))[used].all()), "block_table", f"blocks from 0 to {blocks - 1}")
 
 
 def _unpaged(c: Given, batch: int) -> None:
@@ -190,3 +198,27 @@ def _counts(c: Given, tnd: bool) -> None:
     c.need(keys is None or all(a <= b for a, b in zip(rows, keys, strict=True)), "actual_seq_kvlen", f"at least {rows}")
     if c.sparse_mode == 4:
         c.need(c.pre_tokens >= 0 and c.next_tokens >= 0, "pre_tokens", "0 or more, as next_tokens")
+
+
+def paged_attention(c: Given) -> None:
+    """One query row a sequence, without a mask."""
+    q, heads = c.tensor("query", HALF, (3,)), c.num_kv_heads
+    for name in ("key_cache", "value_cache"):
+        cache = c.tensor(name, HALF, (4,))
+        c.alike(name, "query")
+        c.need(cache.shape[2:] == (heads, q.shape[2]), name, f"rows of {(heads, q.shape[2])}")
+    c.need(q.shape[1] == c.num_heads, "num_heads", f"the heads of query, {q.shape[1]}")
+    c.need(heads > 0 and c.num_heads % heads == 0, "num_kv_heads", f"a divisor of num_heads ({c.num_heads})")
+    size = c.key_cache.shape[1]
+    c.need(size % 16 == 0 and size * q.shape[2] <= 128 * 128, "key_cache", "blocks of whole 16s; block * D up to 16384")
+    table, lengths = c.tensor("block_table", (torch.int32,), (2,)), c.tensor("context_lens", (torch.int32,), (1,))
+    c.need(lengths.device.type == "cpu", "context_lens", "a tensor of the host", f"on {lengths.device}")
+    c.need(len(table) == len(lengths) == len(q), "context_lens", f"{len(q)} lengths, and as many rows of block_table")
+    c.need(c.out.shape == q.shape and c.out.dtype == q.dtype, "out", f"the dtype and shape of query, {tuple(q.shape)}")
+    _blocks(c, "context_lens", lengths.tolist(), size, len(c.key_cache))
+
+
+CHECKS: dict[str, Check] = {
+    "npu_fused_infer_attention_score_v2": attention,
+    "_npu_paged_attention": paged_attention,
+}

@@ -59,7 +59,9 @@ class NpuOps(TorchOps):
         if a.softcap is not None:
             raise Unsupported("softcap")
         calls.write(k, v, kv, m.slots)
-        return (plain if q.dtype == torch.float32 else self._fused.attend)(q, kv, m, a), kv
+        if q.dtype == torch.float32:
+            return plain(q, kv, m.pages, m.rows, m.kv_len, a).flatten(1), kv
+        return self._fused.attend(q, kv, m, a), kv
 
     def attend_latent(
         self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from polyradix.graph.spec import ModelSpec
 from polyradix_npu.device import start
 
 if TYPE_CHECKING:
-    from polyradix_npu.compare import Seen
+    from polyradix_npu.compare import Compared, Seen
 
 PAGE = 128
 PROFILES = ("dense", "moe", "mla")
@@ -85,6 +85,7 @@ def _checks(backend: Backend, args: argparse.Namespace) -> Iterator[tuple[str, C
     for size in ("small",) if args.quick else SIZES:
         for name in CONFIGS:
             yield f"{name}, {size}", lambda name=name, size=size: _model(backend, name, size)  # type: ignore[misc]
+    yield "ATB", lambda: _atb(backend)
     yield "HCCL", lambda: _hccl(backend)
     if not args.quick:
         for profile in PROFILES:
@@ -108,15 +109,20 @@ def _model(captured: Backend, name: str, size: str) -> Iterator[Line]:
     eager = open_backend("npu", emulate=emulated, capture=0)
     spec, prompts = _spec(name, size)
     seen, logits = _eager(eager, spec, prompts)
-    for op, s in sorted(seen.items()):
-        yield not s.wrong, f"{op}: {s.calls} calls, error at most {s.worst:.1e} of the largest value {s.wrong}"
+    yield from _seen(seen)
     for _ in range(2):
         error = np.abs(_decoded(captured, spec, prompts) - logits).max() / np.abs(logits).max()
         yield bool(error <= 1e-2), f"replayed decode: error {error:.1e} of the largest logit"
 
 
-def _eager(backend: Backend, spec: ModelSpec, prompts: Sequence[int]) -> tuple[dict[str, Seen], HostArray]:
-    """What was seen of each op, and the decode's logits."""
+def _seen(seen: dict[str, Seen]) -> Iterator[Line]:
+    for op, s in sorted(seen.items()):
+        yield not s.wrong, f"{op}: {s.calls} calls, error at most {s.worst:.1e} of the largest value {s.wrong}"
+
+
+@contextmanager
+def _compared(backend: Backend) -> Iterator[Compared]:
+    """What runs on the device inside has its vendor calls compared."""
     import torch
 
     from polyradix_npu.compare import Compared
@@ -127,6 +133,12 @@ def _eager(backend: Backend, spec: ModelSpec, prompts: Sequence[int]) -> tuple[d
 
         simulated = device()
     with torch.inference_mode(), simulated, Compared() as compared:
+        yield compared
+
+
+def _eager(backend: Backend, spec: ModelSpec, prompts: Sequence[int]) -> tuple[dict[str, Seen], HostArray]:
+    """What was seen of each op, and the decode's logits."""
+    with _compared(backend) as compared:
         return compared.seen, _decoded(backend, spec, prompts)
 
 
@@ -137,6 +149,28 @@ def _decoded(backend: Backend, spec: ModelSpec, prompts: Sequence[int]) -> HostA
     for starts, counts in (([0] * len(prompts), prompts), (prompts, [1] * len(prompts))):
         logits, kv = run(params, kv, backend.prepare(_batch(starts, counts, spec.vocab)))
     return backend.fetch(logits).result()
+
+
+def _atb(backend: Backend) -> Iterator[Line]:
+    """The op that reads the cache for single tokens where the fused one takes a head size in no layout."""
+    import torch
+
+    from polyradix_npu import calls
+
+    def on(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.bfloat16).to("npu")
+
+    def attend() -> None:
+        pages = torch.tensor([[1, 2], [3, 0]], dtype=torch.int32).to("npu")
+        calls.attend_singles(on(2, 8, 64), (on(4, PAGE, 2, 64), on(4, PAGE, 2, 64)), pages, [130, 7], 8, 2, 0.125)
+
+    try:
+        with _compared(backend) as compared:
+            attend()
+    except OSError as error:
+        yield True, f"not to be had, which only matters to heads that the fused op refuses: {error}"
+        return
+    yield from _seen(compared.seen)
 
 
 def _spec(name: str, size: str) -> tuple[ModelSpec, Sequence[int]]:

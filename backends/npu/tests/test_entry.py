@@ -98,11 +98,15 @@ def test_the_probe_of_head_sizes_keeps_what_the_device_takes() -> None:
     import torch
 
     from polyradix_npu import calls
-    from polyradix_npu.attention import tnd_sizes
+    from polyradix_npu.attention import Forms, Fused
     from polyradix_npu.emulate.graphs import device as simulated
 
     with simulated():
         mask = calls.fixed_mask(torch.device("npu"))
-        assert tnd_sizes(mask, "9.1.0", 128) == {128, 192}  # 64 is tried, and refused by the documents
-        assert tnd_sizes(mask, "8.3.RC1", 128) == {128, 192}
-        assert tnd_sizes(mask, "8.3.RC1", 24) == set()  # a page of 24 is refused with any
+        for cann in ("9.1.0", "8.3.RC1", ""):
+            fused = Fused(mask, cann, 128)
+            assert fused.forms(128) == fused.forms(192) == Forms("TND", "TND")
+            assert fused.forms(64) == Forms("BSND", "BSND")  # TND is refused by the documents
+            assert fused.forms(512) == Forms("BSND", "BSND")
+        assert Fused(mask, "8.3.RC1", 16).forms(64) == Forms("BSND", "torch")  # longer prompts want pages of 128
+        assert Fused(mask, "7.0", 128).forms(128) == Forms("torch", "torch")

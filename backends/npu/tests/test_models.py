@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from polyradix.engine.config import EngineConfig
 from polyradix.engine.core import EngineCore
 from polyradix.schedule.params import SamplingParams
+from polyradix_npu import calls
 
 COMMON = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
@@ -55,6 +57,26 @@ def tokens(path: Path, **options: Any) -> dict[str, list[int]]:
             assert chunk.finish != "error", chunk.error
             out.setdefault(chunk.rid, []).extend(chunk.tokens)
     return out
+
+
+@pytest.mark.parametrize(("refused", "captured"), [(("BSND",), True), (("BSND", "BSH"), False)])
+def test_heads_that_the_device_refuses_take_another_form(
+    refused: tuple[str, ...],
+    captured: bool,
+    tmp_path: Path,
+    refuse: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """BSH; then ATB's op for single tokens and torch for the prompts, eagerly."""
+    refuse(*refused)
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | MODELS["llama-narrow"]))
+    replays, asked = list[Any](), list[int]()
+    replay, attend = torch.npu.NPUGraph.replay, calls.attend_singles
+    monkeypatch.setattr(torch.npu.NPUGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    monkeypatch.setattr(calls, "attend_singles", lambda *a: (asked.append(len(a[0])), attend(*a))[1])
+    got = tokens(tmp_path, device="npu", emulate=True)
+    assert (bool(replays), len(asked) > 14) == (captured, not captured)
+    assert got == tokens(tmp_path, device="cpu", backend_options={"kernels": "torch"})
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,23 +8,30 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import torch_npu
 
 from polyradix_npu import attention, calls, latent
 
 SCHEMAS = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
+ATB = "torch_npu/lib/libop_plugin_atb.so"
 OLDER = sorted(Path(sys.prefix, "older").glob("torch_npu-*.whl"))
 WRAPPER = calls.attend.__name__  # passes keywords on
 
 
+@cache
 def schemas(release: str) -> str:
+    """The functions of torch_npu, and ATB's, which are in a library."""
     if release == "installed":
-        return (Path(torch_npu.__file__).parents[1] / SCHEMAS).read_text()
+        atb = str(torch.ops.atb._npu_paged_attention.default._schema).removeprefix("atb::")
+        return (Path(torch_npu.__file__).parents[1] / SCHEMAS).read_text() + f"func: {atb}"
     with zipfile.ZipFile(OLDER[-1]) as wheel:
-        return wheel.read(SCHEMAS).decode()
+        (found,) = re.findall(rb"_npu_paged_attention\([^\0]*\) -> \(\)", wheel.read(ATB))
+        return wheel.read(SCHEMAS).decode() + f"func: {found.decode()}"
 
 
 def arguments(text: str, op: str) -> tuple[list[str], list[str]]:

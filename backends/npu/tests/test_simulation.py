@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -84,12 +86,24 @@ def test_a_replay_reads_new_lengths_and_new_values(device: SimulatedDevice) -> N
         c.q.copy_(on(2, 4, 128))
 
 
-@pytest.mark.parametrize(("dim", "bits"), [(128, 16), (128, 32), (192, 16), (64, 16)])
+@pytest.mark.parametrize(
+    ("dim", "bits", "refused"),
+    [(128, 16, []), (128, 32, []), (192, 16, []), (64, 16, []), (64, 16, ["BSND"]), (64, 16, ["BSND", "BSH"])],
+)
 @pytest.mark.parametrize("window", [None, 5])
 def test_sinks_are_one_key_more(
-    dim: int, bits: int, window: int | None, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+    dim: int,
+    bits: int,
+    refused: list[str],
+    window: int | None,
+    device: SimulatedDevice,
+    refuse: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the fused op itself, if it takes this head and bfloat16 holds the sinks, else by its log of sums."""
+    """By the fused op itself, if it takes this head and bfloat16 holds the sinks, else by its log of sums, or torch."""
+    refuse(*refused)
+    fused = Fused(calls.fixed_mask(torch.device("npu")), "", 128)
+    fused.forms(dim)
     native, attend = list[bool](), calls.attend
     monkeypatch.setattr(calls, "attend", lambda *a, **k: (native.append("learnable_sink" in k), attend(*a, **k))[1])
     random, heads = np.random.default_rng(0), Heads(4, 2, dim)
@@ -101,9 +115,8 @@ def test_sinks_are_one_key_more(
     lengths, rows = [9, 140], [0, 3, 4]
     positions = torch.tensor([6, 7, 8, 139], dtype=torch.int32).to("npu")
     m = TorchMeta(positions, positions, positions, positions, table, rows, lengths)
-    fused = Fused(calls.fixed_mask(torch.device("npu")), frozenset({128, 192}))
     out = fused.attend(q, kv, m, AttnSpec(heads, dim**-0.5, window, sinks=sinks)).cpu().view(4, 4, dim)
-    assert set(native) == {dim == 128 and bits == 16}
+    assert set(native) == (set() if len(refused) == 2 else {dim == 128 and bits == 16})
     wide, (k, v) = q.cpu().double().numpy(), (x.cpu().double().numpy() for x in kv)
     for s, t in ((0, 0), (0, 2), (1, 3)):
         place, used = int(positions[t].cpu()), pages[s]

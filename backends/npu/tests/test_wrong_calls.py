@@ -42,15 +42,26 @@ def attend(layout: str = "TND", **changes: Any) -> None:
     calls.attend(q, (cache, changes.pop("values", cache)), layout, heads, 2, 0.1, **{**more, **changes})
 
 
-def single(**changes: Any) -> None:
-    attend("BSND", **{"sparse_mode": 0, "atten_mask": None, **changes})
+def single(layout: str = "BSND", **changes: Any) -> None:
+    attend(layout, **{"sparse_mode": 0, "atten_mask": None, **changes})
 
 
-def latent(heads: int = 4, rows: int = 1, **changes: Any) -> None:
+def paged(dim: int = 64, **changes: Any) -> None:
+    cache, q = on(5, 128, 2, dim), on(2, 4, dim)
+    lengths = torch.tensor([130, 7], dtype=torch.int32)
+    heads = {"num_kv_heads": 2, "num_heads": 4, "scale_value": 0.1}
+    places = {"block_table": ids([[1, 2], [3, 0]]), "context_lens": lengths, "out": torch.empty_like(q)}
+    torch_npu._npu_paged_attention(query=q, key_cache=cache, value_cache=cache, **{**heads, **places, **changes})
+
+
+def latent(heads: int = 4, rows: int = 1, layout: str = "BSND", **changes: Any) -> None:
     cache, size = on(5, 128, 512), changes.pop("size", 512)
     paged = {"block_table": ids([[1, 2]]), "block_size": 128, "actual_seq_kvlen": [130]}
     ropes = {"query_rope": on(1, rows, heads, 64), "key_rope": on(5, 128, 64)}
-    calls.attend(on(1, rows, heads, size), (cache, cache), "BSND", heads, 1, 0.1, **{**paged, **ropes, **changes})
+    q = on(1, rows, heads, size)
+    calls.attend(
+        q.flatten(2) if layout == "BSH" else q, (cache, cache), layout, heads, 1, 0.1, **{**paged, **ropes, **changes}
+    )
 
 
 def write(slots: list[int], page: int = 128, dtype: torch.dtype = BF16, **more: Any) -> None:
@@ -86,6 +97,8 @@ RIGHT: dict[str, Callable[[], Any]] = {
     "windows": lambda: attend(sparse_mode=4, pre_tokens=6, next_tokens=0),
     "sinks": lambda: attend(learnable_sink=on(4)),
     "one query row": single,
+    "one query row in BSH": lambda: single("BSH", q=on(2, 1, 512)),
+    "ATB's attention": paged,
     "latent attention": latent,
     "latent attention, several rows": lambda: latent(
         rows=3, sparse_mode=3, atten_mask=calls.fixed_mask(torch.device("npu"))
@@ -126,7 +139,16 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "sinks in another layout": (lambda: single(learnable_sink=on(4)), "TND with learnable_sink"),
     "sinks and a sum": (lambda: attend(learnable_sink=on(4), summed=True), "return_softmax_lse is True"),
     "an unknown sparse mode": (lambda: attend(sparse_mode=2), "0, 3 or 4"),
-    "an unknown layout": (lambda: attend("BSH"), "input_layout is BSH"),
+    "an unknown layout": (lambda: attend("BNSD"), "input_layout is BNSD"),
+    "heads that do not cut BSH": (lambda: single("BSH", q=on(2, 1, 510)), "num_query_heads is 4"),
+    "latent rows in BSH": (lambda: latent(layout="BSH"), "None with BSH"),
+    "lengths on the device": (lambda: paged(context_lens=ids([130, 7])), "context_lens is on npu"),
+    "int64 lengths": (lambda: paged(context_lens=torch.tensor([130, 7])), "context_lens is int64"),
+    "a page that ATB lacks": (lambda: paged(block_table=ids([[1, 5], [3, 0]])), "blocks from 0 to 4"),
+    "too few pages for ATB": (lambda: paged(block_table=ids([[1], [3]])), "lengths up to 128"),
+    "wide heads for ATB": (lambda: paged(dim=256), "block \\* D up to 16384"),
+    "a result of another shape": (lambda: paged(out=on(4, 4, 64)), "the dtype and shape of query"),
+    "a wrong number of kv heads": (lambda: paged(num_kv_heads=4), r"rows of \(4, 64\)"),
     "a mode on one row": (lambda: single(sparse_mode=3), "no effect on a single query row"),
     "a mask of another width": (lambda: single(atten_mask=ids([[[[0]]], [[[0]]]]).bool()), r"shape \(2, 1, 1, 256\)"),
     "small pages for several rows": (
@@ -182,6 +204,7 @@ def test_wrong_calls_are_refused(what: str, device: SimulatedDevice) -> None:
 
 
 def test_every_op_has_a_contract_and_a_reference() -> None:
+    from polyradix_npu import contracts_attention
     from polyradix_npu.emulate.reference import OPS
 
-    assert set(OPS) == {*CHECKS, "npu_fused_infer_attention_score_v2"}
+    assert set(OPS) == {*CHECKS, *contracts_attention.CHECKS}

@@ -20,7 +20,9 @@ from polyradix_npu.emulate.memory import alias, aliased, each, leaves, on_device
 COPIES = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense"}
 NATIVE = {"npu::get_npu_format"}  # launches nothing
 EMPTY = {"aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::new_empty_strided"}
-NO_META = {"npu::npu_format_cast"}  # the wheel has no Meta kernel for it
+NO_META = {"npu::npu_format_cast", "atb::_npu_paged_attention"}  # the wheel has no Meta kernel for them
+VENDORS = ("npu::", "atb::")
+FROM_HOST = {"atb::_npu_paged_attention"}  # takes lengths in a tensor of the host
 WORKSPACE = "npu::_npu_fused_infer_attention_score_v2_get_max_workspace"
 OUTPUTS = "npu::_npu_fused_infer_attention_score_v2_infer_output"
 KERNELS = ("PrivateUse1", "CompositeImplicitAutograd", "CompositeExplicitAutograd")  # of the device, or made of others
@@ -78,9 +80,9 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
             return self.updating(func, args, kwargs)
         _has_kernel(func)
         formats.check(name, values)
-        if name not in COPIES:
+        if name not in COPIES | FROM_HOST:
             _one_device(name, values)
-        elif self.recording is not None and not _stays(name, args, kwargs):
+        elif self.recording is not None and (name in FROM_HOST or not _stays(name, args, kwargs)):
             raise WrongCall(f"{name} moves data between host and device while a graph is captured")
         out = self.run(func, args, kwargs)
         if self.recording is not None:
@@ -90,7 +92,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The call's result on its device; arguments that it changes are changed, unless a graph is being captured."""
-        if func._schema.name.startswith("npu::"):
+        if func._schema.name.startswith(VENDORS):
             return self._vendor(func, args, kwargs)
         changes = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
         if changes and self.recording is not None:
@@ -102,13 +104,14 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
     def _vendor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = contracts.bind(func._schema, args, kwargs)
         given.pop("workspace", None)
-        targets = given.pop("out", None)
+        targets = given.pop("out") if func._overloadname == "out" else None
         name, runs = func._schema.name, self.recording is None
         contracts.check(name, given, values=runs)
         made = reference.run(name, contracts.mapped(given, alias), write=runs)
-        if name in NO_META:
+        if name == "npu::npu_format_cast":
             return formats.cast(made, given["acl_format"])
-        _same_form(func, given, made)
+        if name not in NO_META:
+            _same_form(func, given, made)
         if targets is None:
             return _placed(made)
         for target, value in zip(targets, made, strict=True):

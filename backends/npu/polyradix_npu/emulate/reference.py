@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from polyradix_npu.emulate.reference_attention import attention
+from polyradix_npu.emulate.reference_attention import attention, paged_attention
 
 Args = SimpleNamespace
 
 
 def run(op: str, given: dict[str, Any], write: bool) -> Any:
     """The op's results. Tensors that the op changes are changed only if `write`."""
-    return OPS[op.removeprefix("npu::")](Args(write=write, **given))
+    return OPS[op.partition("::")[2] or op](Args(write=write, **given))
 
 
 def rms_norm(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,4 +138,5 @@ OPS: dict[str, Callable[[Args], Any]] = {
     "npu_moe_finalize_routing": finalize,
     "npu_format_cast": format_cast,
     "npu_fused_infer_attention_score_v2": attention,
+    "_npu_paged_attention": paged_attention,
 }

@@ -13,6 +13,10 @@ Args = SimpleNamespace
 
 def attention(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, in the layout of the query, and the log of sums, empty if it is not asked for."""
+    if c.input_layout == "BSH":
+        split = {"input_layout": "BSND", "query": c.query.unflatten(-1, (c.num_query_heads, -1))}
+        out, logs = attention(Args(**{**vars(c), **split}))
+        return out.flatten(2), logs
     heads = c.num_key_value_heads or c.num_query_heads
     out, logs = room(c)
     for i, (where, length) in enumerate(_sequences(c)):
@@ -26,6 +30,19 @@ def attention(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
         if c.return_softmax_lse:
             logs[where] = log_sum.t()[..., None] if c.input_layout == "TND" else log_sum[..., None]
     return out, logs
+
+
+def paged_attention(c: Args) -> None:
+    """ATB's, whose result goes to `out`."""
+    given = {
+        "query": c.query[:, None], "key": c.key_cache.flatten(2), "value": c.value_cache.flatten(2),
+        "num_query_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "softmax_scale": c.scale_value,
+        "block_table": c.block_table, "block_size": c.key_cache.shape[1], "actual_seq_kvlen": c.context_lens.tolist(),
+        "input_layout": "BSND", "sparse_mode": 0, "return_softmax_lse": False,
+        "atten_mask": None, "learnable_sink": None, "query_rope": None, "key_rope": None,
+    }  # fmt: skip
+    if c.write:
+        c.out.copy_(attention(Args(**given))[0][:, 0])
 
 
 def _attend(
@@ -50,11 +67,11 @@ def _attend(
 def room(c: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs not written yet."""
     heads = (c.num_key_value_heads or c.num_query_heads) if c.block_table is not None else 1
-    out = c.query.new_empty(*c.query.shape[:-1], c.value.shape[-1] // heads)
-    if not c.return_softmax_lse:
-        return out, torch.empty(0)
-    rows, count = out.shape[:-2], out.shape[-2]
-    return out, torch.empty(*rows, count, 1) if c.input_layout == "TND" else torch.empty(rows[0], count, rows[1], 1)
+    q = c.query.unflatten(-1, (c.num_query_heads, -1)) if c.input_layout == "BSH" else c.query
+    out = q.new_empty(*q.shape[:-1], c.value.shape[-1] // heads)
+    rows, count = q.shape[:-2], q.shape[-2]
+    sums = (*rows, count, 1) if c.input_layout == "TND" else (rows[0], count, *rows[1:], 1)
+    return out.view(*rows, -1) if c.input_layout == "BSH" else out, torch.empty(sums if c.return_softmax_lse else 0)
 
 
 def _sequences(c: Args) -> Iterator[tuple[slice | int, int]]:
