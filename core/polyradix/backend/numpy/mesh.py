@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +25,7 @@ from polyradix.backend.protocol import (
     Reader,
     Step,
 )
-from polyradix.backend.shard import check_kv, check_param, shard
+from polyradix.backend.shard import check_param, local_kv, shard
 
 T = TypeVar("T")
 
@@ -141,10 +140,10 @@ class NumpyMesh(NumpyBackend):
         return [self._shard(whole, rank) for rank in range(self.ranks.size)]
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
-        return super().kv_page_bytes(self._local(spec))
+        return super().kv_page_bytes(local_kv(spec, self.ranks.size))
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        local = self._local(spec)
+        local = local_kv(spec, self.ranks.size)
         return [NumpyBackend.alloc_kv(self, local, pages) for _ in range(self.ranks.size)]
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
@@ -160,12 +159,6 @@ class NumpyMesh(NumpyBackend):
         bias = None if whole.bias is None else shard(spec, whole.bias, rank, tp, "bias")
         value = np.ascontiguousarray(shard(spec, whole.value, rank, tp))
         return Packed(spec, value, bias, first=rank * len(value))
-
-    def _local(self, spec: KVSpec) -> KVSpec:
-        check_kv(spec, self.ranks.size)
-        if spec.kind == "latent":
-            return spec
-        return replace(spec, kv_heads=spec.kv_heads // self.ranks.size)
 
     def _params(self, params: Params, rank: int) -> Params:
         layers = [{name: w[rank] for name, w in layer.items()} for layer in params.layers]
