@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from polyradix.backend.capabilities import FEATURES, QUANTS
+from polyradix.backend.protocol import Backend
 from polyradix_torch.errors import all_told
-from polyradix_torch.gpu import GpuBackend, use_gpu
+from polyradix_torch.gpu import GpuBackend, on_gpus, use_gpu
 from polyradix_torch.triton.ops import TritonOps
 
 OLDEST = (8, 0)  # the first compute capability with bfloat16 products
@@ -18,8 +21,14 @@ class CudaBackend(GpuBackend):
         super().__init__("cuda", FEATURES | QUANTS, TritonOps(), index, capture)
 
 
-def create(capture: bool, index: int) -> CudaBackend:
-    """Raises RuntimeError, saying what is wrong with the GPU, its driver or this torch."""
+def create(capture: bool, index: int, tp: int) -> Backend:
+    """Raises RuntimeError, saying what is wrong with the GPU, its driver or this torch; and Unsupported for more ranks
+    than there are GPUs."""
+    return on_gpus(partial(one, capture), index, tp)
+
+
+def one(capture: bool, index: int) -> CudaBackend:
+    """A rank's, or the only one."""
     use_gpu(index)
     have, built = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     what = f"GPU {index} has compute capability {have[0]}.{have[1]}"

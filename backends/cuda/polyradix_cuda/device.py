@@ -23,8 +23,9 @@ class Entry:
             return Found(False, "no NVIDIA driver (neither /dev/nvidiactl nor /proc/driver/nvidia)")
         return Found(True, f"NVIDIA driver found, {len(list(DRIVER.glob('*'))) or 'unknown number of'} GPU(s)", rank=20)
 
-    def create(self, capture: bool | int = True, index: int = 0) -> Backend:
-        """`capture` 0 runs every step eagerly. `index` is the GPU's. Raises RuntimeError when it cannot be used."""
+    def create(self, capture: bool | int = True, index: int = 0, tp: int = 1) -> Backend:
+        """`capture` 0 runs every step eagerly. `index` is the GPU's, or of `tp` GPUs the first one's. Raises
+        RuntimeError when it cannot be used."""
         from polyradix_cuda.backend import create
 
-        return create(bool(capture), index)
+        return create(bool(capture), index, tp)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from polyradix_rocm.selftest import quick
 from polyradix_rocm.simulator import Simulator
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import all_told
-from polyradix_torch.gpu import GpuBackend, use_gpu
+from polyradix_torch.gpu import GpuBackend, on_gpus, use_gpu
 from polyradix_torch.ops import TorchMeta
 from polyradix_torch.triton.ops import GpuMeta, TritonOps
 
@@ -108,11 +109,19 @@ class CpuBackend(AiterHost, TorchBackend):
 
 def _noted(caps: Capabilities, note: str, aiter: Aiter | None) -> Capabilities:
     emulated = aiter is not None and isinstance(aiter.provider, Simulator)
-    return replace(caps, emulated=emulated, notes=(*caps.notes, note))
+    most = 1 if emulated else caps.max_tp
+    return replace(caps, emulated=emulated, max_tp=most, notes=(*caps.notes, note))
 
 
-def create(capture: bool, index: int) -> Backend:
-    """On AMD's GPU `index`. Raises RuntimeError, saying what is wrong with the GPU, its driver or this torch."""
+def create(capture: bool, index: int, tp: int) -> Backend:
+    """On AMD's GPU `index`, or on `tp` of them from that on. Raises RuntimeError, saying what is wrong with the GPU,
+    its driver or this torch, and Unsupported for more ranks than there are GPUs."""
+    check_torch(torch)
+    return on_gpus(partial(one, capture), index, tp)
+
+
+def one(capture: bool, index: int) -> RocmBackend:
+    """A rank's, or the only one."""
     check_torch(torch)
     use_gpu(index)
     arch = arch_of(torch, index)

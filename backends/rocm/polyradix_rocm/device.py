@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import Backend, Found
 
 DRIVER = Path("/dev/kfd")
@@ -36,16 +37,21 @@ class Entry:
         simulate: str = "",
         aiter: str = "0.1.20",
         platform: str = "auto",
+        tp: int = 1,
     ) -> Backend:
-        """`capture` 0 runs every step eagerly. `index` is the GPU's. `simulate` is the architecture to simulate AITER
-        for, in version `aiter`, on `platform`: cpu, gpu (any that torch has), or auto. Raises RuntimeError when the GPU
-        cannot be used."""
+        """`capture` 0 runs every step eagerly. `index` is the GPU's, or of `tp` GPUs the first one's. `simulate` is the
+        architecture to simulate AITER for, in version `aiter`, on `platform`: cpu, gpu (any that torch has), or auto.
+        Raises RuntimeError when the GPU cannot be used."""
         _choice("simulate", simulate, ("", *ARCHS))
         _choice("aiter", aiter, VERSIONS)
         _choice("platform", platform, PLATFORMS)
         from polyradix_rocm import backend
 
-        return backend.emulate(simulate, aiter, platform) if simulate else backend.create(bool(capture), index)
+        if not simulate:
+            return backend.create(bool(capture), index, tp)
+        if tp > 1:
+            raise Unsupported(f"tp {tp}", "AITER is simulated on one device")
+        return backend.emulate(simulate, aiter, platform)
 
 
 def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

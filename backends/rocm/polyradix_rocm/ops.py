@@ -22,7 +22,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_rocm.aiter.calls import GROUPS, MLA_HEADS, MLA_WIDTH, Aiter
 from polyradix_rocm.plan import Part, Plan, planned
-from polyradix_torch.moe import route
+from polyradix_torch.moe import Some, route
 from polyradix_torch.ops import Linear, TorchOps
 from polyradix_torch.triton import rows
 from polyradix_torch.triton.ops import TritonOps
@@ -51,6 +51,11 @@ class Experts:
         if not self.ready:
             self.weight, self.plain, self.ready = aiter.shuffled(self.weight), None, True
         return self.weight
+
+
+def _plain(w: Weight) -> Weight:
+    """Of experts, for the verbs beneath."""
+    return Some(_plain(w.weight), w.first) if isinstance(w, Some) else getattr(w, "plain", w)
 
 
 @cache
@@ -175,8 +180,7 @@ class AiterVerbs(Beneath):
         router: Router = w.router
         plain_silu = s.bias == "choice" and s.limit is None
         if not (plain_silu and isinstance(w.gate_up, Experts) and self._takes(x, w)):
-            plain = (getattr(part, "plain", part) for part in (w.gate_up, w.down))
-            return super().moe(x, MoeWeights(router.plain, *plain), s)
+            return super().moe(x, MoeWeights(router.plain, _plain(w.gate_up), _plain(w.down)), s)
         logits = F.linear(x.float(), router.weight).nan_to_num(LOWEST)
         ids, weights = self._route(logits, router.bias, s)
         gate_up, down = (part.lay_out(self.aiter) for part in (w.gate_up, w.down))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.registry import DeviceUnavailable, open_backend
 from polyradix_rocm import backend, device, entry
 from polyradix_rocm.aiter.installed import Installed, NoAiter
 from polyradix_rocm.aiter.signatures import recorded
+from polyradix_torch import gpu
 
 
 def test_import_and_probe_load_no_framework() -> None:
@@ -102,6 +105,22 @@ def test_without_aiter(amd: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     note = "Triton for every verb: amd-aiter is not installed: install it"
     assert entry.create(index=3, capture=False) == (3, False, None, note)
     assert [r.getMessage() for r in caplog.records] == [note]
+
+
+def test_of_several_gpus_each_rank_has_its_own(amd: pytest.MonkeyPatch) -> None:
+    amd.setattr(backend, "installed", lambda arch: Installed("0.1.20", arch, recorded("0.1.20"), "0.1.20"))
+    amd.setattr(backend, "quick", lambda aiter, device: [])
+    amd.setattr(gpu, "use_gpu", lambda index: None)
+    amd.setattr(gpu.torch.cuda, "device_count", lambda: 4)
+    amd.setattr(gpu, "Mesh", lambda make, join, tp: (make, join, tp))
+    make, join, tp = entry.create(index=1, tp=3)
+    assert (join, tp) == (gpu.nccl, 3)
+    made = pickle.loads(pickle.dumps(make))  # as it comes to the others
+    assert [made(rank)[0] for rank in range(3)] == [1, 2, 3]
+    with pytest.raises(Unsupported, match=r"tp 4 \(3 GPU\(s\) from index 1 on\)"):
+        entry.create(index=1, tp=4)
+    with pytest.raises(Unsupported, match="tp 2"):
+        entry.create(simulate="gfx942", tp=2)
 
 
 def test_with_aiter(amd: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

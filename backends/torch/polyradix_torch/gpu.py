@@ -5,17 +5,20 @@ A vendor package subclasses GpuBackend, decorates it with `all_told(torch.cuda)`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import Capabilities
+from polyradix.backend.capabilities import Capabilities, Unsupported
 from polyradix.backend.protocol import (
     KV,
     Array,
+    Backend,
     Compiled,
     HostArray,
     KVSpec,
@@ -31,6 +34,7 @@ from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import told
 from polyradix_torch.host import torch_dtype
 from polyradix_torch.memory import remaining, settled
+from polyradix_torch.mesh import Mesh, nccl
 from polyradix_torch.pending import Pending
 from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
@@ -112,6 +116,7 @@ class GpuBackend(TritonBackend):
             async_launch=True,
             mem_fraction=0.9,
             decode_sizes=tuple(sizes(1024)) if capture else (1,),
+            max_tp=torch.cuda.device_count() - index,
             notes=(f"torch {torch.__version__}, decode {'captured' if capture else 'eager'}",),
         )
         super().__init__(caps, ops, str(device))
@@ -166,6 +171,21 @@ def use_gpu(index: int) -> None:
     torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def on_gpus(make: Callable[[int], GpuBackend], index: int, tp: int) -> Backend:
+    """What `make` gives for GPU `index`, or a mesh over `tp` GPUs from that on. `make` can be pickled. Raises
+    Unsupported where there are fewer, and as use_gpu."""
+    if tp == 1:
+        return make(index)
+    use_gpu(index)
+    if tp > (here := torch.cuda.device_count() - index):
+        raise Unsupported(f"tp {tp}", f"{here} GPU(s) from index {index} on")
+    return Mesh(partial(_counted, make, index), nccl, tp)
+
+
+def _counted(make: Callable[[int], GpuBackend], index: int, rank: int) -> GpuBackend:
+    return make(index + rank)
 
 
 def _why_not() -> str:

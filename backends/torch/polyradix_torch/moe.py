@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from polyradix.backend.protocol import MoeSpec
+from polyradix.backend.protocol import MoeSpec, MoeWeights, Weight
 
 Rows = Callable[[torch.Tensor], torch.Tensor]
 VECTOR = 64  # columns: a whole number of vectors on any processor, so that no element is left to the scalar form of exp
@@ -25,6 +25,22 @@ class Router:
 
     logits: Rows
     bias: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Some:
+    """A weight of some experts, those from id `first` on. Of such weights `moe` gives what these experts add to the
+    sum, in float32."""
+
+    weight: Weight
+    first: int
+
+
+def share(w: MoeWeights) -> tuple[MoeWeights, int | None]:
+    """The weights that there are, and the first one's id if they are of some experts."""
+    if not isinstance(w.down, Some):
+        return w, None
+    return MoeWeights(w.router, w.gate_up.weight, w.down.weight), w.down.first
 
 
 def route(logits: torch.Tensor, bias: torch.Tensor | None, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,13 +69,16 @@ def clamped(x: torch.Tensor, s: MoeSpec) -> torch.Tensor:
 def spread(
     x: torch.Tensor, ids: torch.Tensor, experts: int, run: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """run(expert, rows of x [n,H]) -> [n,H] for every expert that has rows; gives float32 [T,top_k,H]."""
-    order = ids.flatten().argsort(stable=True)
-    counts = ids.flatten().bincount(minlength=experts).tolist()
-    rows = (x[order // ids.shape[1]]).split(counts)
-    parts = [run(e, part).float() for e, part in enumerate(rows) if len(part)]
-    out = torch.empty(len(order), x.shape[1], dtype=torch.float32, device=x.device)
-    out[order] = torch.cat(parts)
+    """run(expert, rows of x [n,H]) -> [n,H] for every expert that has rows; gives float32 [T,top_k,H], which is zero
+    where an id is none of 0 to experts - 1."""
+    flat = torch.where((ids < 0) | (ids >= experts), experts, ids).flatten()
+    order = flat.argsort(stable=True)
+    counts = flat.bincount(minlength=experts).tolist()[:experts]
+    mine = order[: sum(counts)]
+    rows = (x[mine // ids.shape[1]]).split(counts)
+    out = torch.zeros(len(order), x.shape[1], dtype=torch.float32, device=x.device)
+    if len(mine):
+        out[mine] = torch.cat([run(e, part).float() for e, part in enumerate(rows) if len(part)])
     return out.view(*ids.shape, -1)
 
 

@@ -35,7 +35,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_torch.indexer import Indexed, attend_alone, select, turned
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
-from polyradix_torch.moe import SERIAL, clamped, route, sigmoid, spread, weighted
+from polyradix_torch.moe import SERIAL, clamped, route, share, sigmoid, spread, weighted
 
 GATES = get_args(Gate)
 GELU = 2 * (2 / pi) ** 0.5  # its tanh form is x * sigmoid(GELU * (x + 0.044715 x^3))
@@ -198,6 +198,7 @@ class TorchOps(Products):
         return torch.cat([_gated(rows, width, kind) for rows in x.split(max(1, SERIAL // width))])
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        w, first = share(w)
         ids, weights = route(w.router.logits(x), w.router.bias, s)
 
         def run(e: int, rows: torch.Tensor) -> torch.Tensor:
@@ -208,7 +209,8 @@ class TorchOps(Products):
             out: torch.Tensor = down(inner)
             return out
 
-        return weighted(spread(x, ids, s.experts, run), weights).to(x.dtype)
+        total = weighted(spread(x, ids - (first or 0), len(w.down), run), weights)
+        return total.to(x.dtype) if first is None else total
 
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x[m.last]

@@ -1,24 +1,17 @@
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
-from polyradix.backend.protocol import Memory
-from polyradix_torch import TorchBackend, TorchOps
 
+sys.path.insert(0, str(Path(__file__).parent))
 
-class PlainBackend(TorchBackend):
-    def __init__(self) -> None:
-        caps = Capabilities(
-            "plain", "test", frozenset({"float32", "bfloat16"}), (4, 16), 256, features=FEATURES | QUANTS
-        )
-        super().__init__(caps, TorchOps(), "cpu")
-
-    def memory(self) -> Memory:
-        return Memory(1, 1)
+from plain_backend import PlainBackend
 
 
 @pytest.fixture

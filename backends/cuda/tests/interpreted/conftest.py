@@ -49,7 +49,7 @@ class Recorded(Graphs):
 
 
 @contextmanager
-def record(graph: FakeGraph, pool: Any = None) -> Iterator[None]:
+def record(graph: FakeGraph, pool: Any, capture_error_mode: str) -> Iterator[None]:
     yield
     graph.step, graph.out = FakeGraph.last
     graph.out.fill_(float("nan"))  # capture computes nothing
@@ -115,7 +115,7 @@ def make(gpu: SimpleNamespace):
     """A backend on it: make(capture)."""
 
     def backend(capture: bool = True) -> Any:
-        out = polyradix_cuda.backend.create(capture, 0)
+        out = polyradix_cuda.backend.one(capture, 0)
         out._device, out.device = torch.device("cpu"), "cpu"
         return out
 

@@ -62,6 +62,9 @@ def test_create_says_what_is_wrong(gpu: SimpleNamespace, monkeypatch: pytest.Mon
         entry.create(index=1)
     with pytest.raises(ValueError, match="index is -1; expected 0 to 0"):
         entry.create(index=-1)
+    with pytest.raises(Unsupported, match=r"tp 2 \(1 GPU\(s\) from index 0 on\)"):
+        entry.create(tp=2)
+    assert entry.create().caps.max_tp == 1
     gpu.capability = (7, 5)
     with pytest.raises(RuntimeError, match=r"GPU 0 has compute capability 7\.5; expected at least 8\.0"):
         entry.create()

@@ -109,7 +109,8 @@ class Graphs:
         self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: a thread of NCCL's looks at events of its own meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits, _ = self._step(self._ops, params, kv, meta)
         self._pool = self._pool or graph.pool()
         return graph, logits, meta

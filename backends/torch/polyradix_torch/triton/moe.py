@@ -264,6 +264,17 @@ class Routes:
     weights: torch.Tensor
     lists: torch.Tensor
     counts: torch.Tensor
+    others: int = 0  # experts that are on other ranks
+
+    def part(self, first: int, count: int) -> Routes:
+        """To experts first to first + count - 1 alone, of these."""
+        here = slice(first, first + count)
+        return Routes(self.weights, self.lists[here], self.counts[here], len(self.counts) - count)
+
+    @property
+    def each(self) -> int:
+        """Pairs that an expert has on average."""
+        return int(-(-self.weights.numel() // (len(self.counts) + self.others)))
 
 
 def route(x: torch.Tensor, router: Router, s: MoeSpec) -> Routes:
@@ -300,9 +311,9 @@ def product(
     MoeSpec with a limit. Summed in float32 and rounded once."""
     w, bias = w if isinstance(w, Biased) else (w, None)
     (experts, n, k), pairs = w.shape, r.weights.numel()
-    b = blocks or chosen(x, w, triton.cdiv(pairs, experts), gated)
+    b = blocks or chosen(x, w, r.each, gated)
     width = n // 2 if gated else n
-    out = x.new_empty(pairs, width)
+    out = x.new_zeros(pairs, width) if r.others else x.new_empty(pairs, width)
     tiles = min(pairs, pairs // b.rows + experts)
     _experts[(tiles * triton.cdiv(width, b.columns),)](
         x, w, w if bias is None else bias, out, r.lists, r.counts, r.lists.shape[1], experts, n, k, pairs // len(x),
@@ -313,19 +324,25 @@ def product(
     return out
 
 
-def moe(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
-    """Ops.moe: x [T,H], of a Router and weights [E,2F,H] and [E,H,F]."""
+def moe(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None = None) -> torch.Tensor:
+    """Ops.moe: x [T,H], of a Router and weights [E,2F,H] and [E,H,F]. With `first`, what the experts from that id on
+    add to it, float32; there are weights of no others."""
     x = x.contiguous()
-    routes = route(x, w.router, s)
+    routes = routes_of(x, w, s, first, len(w.down.weight if isinstance(w.down, Biased) else w.down))
     clamp = None if s.limit is None else (s.alpha, s.limit)
     inner = product(x, w.gate_up, routes, True, clamp=clamp)
-    return combined(product(inner, w.down, routes, False), routes)
+    return combined(product(inner, w.down, routes, False), routes, x.dtype if first is None else torch.float32)
 
 
-def combined(parts: torch.Tensor, r: Routes) -> torch.Tensor:
+def routes_of(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None, count: int) -> Routes:
+    routes = route(x, w.router, s)
+    return routes if first is None else routes.part(first, count)
+
+
+def combined(parts: torch.Tensor, r: Routes, dtype: torch.dtype) -> torch.Tensor:
     """The weighted sum of a token's pairs: parts [pairs,H] -> [T,H]."""
     (tokens, top_k), width, block = r.weights.shape, parts.shape[1], 1024
-    out = parts.new_empty(tokens, width)
+    out = parts.new_empty(tokens, width, dtype=dtype)
     _sum[(tokens, triton.cdiv(width, block))](
         parts, r.weights, out, width, top_k, block, **early(parts.device), num_warps=4
     )

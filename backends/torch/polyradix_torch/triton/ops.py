@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import AttnSpec, Gate, Index, IndexSpec, LatentSpec, LatentWeights, MoeSpec, MoeWeights
 from polyradix_torch.indexer import Indexed, turned
+from polyradix_torch.moe import share
 from polyradix_torch.ops import GATES, Linear, Products
 from polyradix_torch.quant import Codes, QuantLinear
 from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
@@ -86,7 +87,8 @@ class TritonOps(Products):
         return rows.gated(x, kind)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
-        return quant.experts(x, w, s) if isinstance(w.down, Codes) else moe.moe(x, w, s)
+        w, first = share(w)
+        return (quant.experts if isinstance(w.down, Codes) else moe.moe)(x, w, s, first)
 
     def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return x[m.last]

@@ -106,11 +106,11 @@ def product(
     [T,K] for the experts of a token alike, times w [E,N,K] of each pair's expert -> [pairs,N]."""
     x, (n, k) = x.contiguous(), (w.codes.shape[-2], x.shape[1])
     pairs, experts = (len(x), 1) if routes is None else (routes.weights.numel(), len(w.codes))
-    b = moe.planned(x, triton.cdiv(pairs, experts), gated=False)
+    b = moe.planned(x, pairs if routes is None else routes.each, gated=False)
     depth = min(b.depth, _depth(w.quant, k))
     tiles = triton.cdiv(pairs, b.rows) if routes is None else min(pairs, pairs // b.rows + experts)
     codes = w.codes if _has_eight(x.device) else w.codes.view(torch.uint8)
-    out = x.new_empty(pairs, n)
+    out = x.new_zeros(pairs, n) if routes is not None and routes.others else x.new_empty(pairs, n)
     lists, counts = (out, out) if routes is None else (routes.lists, routes.counts)
     _quant[(tiles * triton.cdiv(n, b.columns),)](
         x, codes, w.scale, w.scale if w.zero is None else w.zero, out if bias is None else bias, out, lists, counts,
@@ -121,11 +121,11 @@ def product(
     return out
 
 
-def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
-    """Ops.moe: x [T,H], of a Router and Codes [E,2F,H] and [E,H,F]."""
+def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None = None) -> torch.Tensor:
+    """As moe.moe, of Codes [E,2F,H] and [E,H,F]."""
     if s.limit is not None:
         raise Unsupported("moe_clamp", "of experts that stay quantised")
     x = x.contiguous()
-    routes = moe.route(x, w.router, s)
+    routes = moe.routes_of(x, w, s, first, len(w.down.codes))
     inner = rows.gated(product(x, w.gate_up, routes=routes), "silu")
-    return moe.combined(product(inner, w.down, routes=routes), routes)
+    return moe.combined(product(inner, w.down, routes=routes), routes, x.dtype if first is None else torch.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from exact_interpreter import install
 
 from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
 from polyradix.backend.protocol import Memory
@@ -24,9 +26,18 @@ class Interpreted(TritonBackend):
             max_head_dim=256,
             head_dim_multiple=2,
             features=FEATURES | QUANTS,
+            max_tp=2,
         )
         super().__init__(caps, TritonOps(), "cpu")
         self.splits = splits
 
     def memory(self) -> Memory:
         return Memory(1 << 30, 1 << 31)
+
+
+def interpreted(rank: int) -> Interpreted:
+    """Of a mesh; other processes than rank 0's have no fixture that makes the interpreter exact."""
+    if rank:
+        torch.set_num_threads(1)
+        install(pytest.MonkeyPatch())
+    return Interpreted(1)
