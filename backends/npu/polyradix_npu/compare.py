@@ -45,7 +45,7 @@ class Compared(TorchDispatchMode):  # type: ignore[misc]  # torch has no types h
         name, kwargs = func._schema.name.partition("::")[2], kwargs or {}
         if name not in reference.OPS or name == "npu_format_cast":
             return func(*args, **kwargs)
-        given, seen = contracts.bind(func._schema, args, kwargs), self.seen.setdefault(name, Seen())
+        given, seen = contracts.bind(func, args, kwargs), self.seen.setdefault(name, Seen())
         held = contracts.mapped(given, lambda x: x.cpu())
         seen.calls += 1
         try:

@@ -7,11 +7,11 @@ and A3. Rules of attention are in contracts_attention.py. The simulated device h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 HALF = (torch.float16, torch.bfloat16)
 FLOATS = (*HALF, torch.float32)
@@ -52,17 +52,25 @@ class Given(SimpleNamespace):
 Check = Callable[[Given], None]
 
 
-def bind(schema: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments by name, with the schema's defaults."""
-    names = [a.name for a in schema.arguments]
-    given = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return given | dict(zip(names, args, strict=False)) | dict(kwargs)
+    names, defaults = _declared(func)
+    return defaults | dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def mapped(given: dict[str, Any], fn: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+@cache
+def _declared(func: Any) -> tuple[list[str], dict[str, Any]]:
+    declared = func._schema.arguments
+    return [a.name for a in declared], {a.name: a.default_value for a in declared if a.has_default_value()}
+
+
+def mapped(given: dict[str, Any], fn: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
     """`given` with every tensor, in lists too, replaced."""
-    out: dict[str, Any] = tree_map_only(torch.Tensor, fn, given)
-    return out
+
+    def of(x: Any) -> Any:
+        return fn(x) if isinstance(x, torch.Tensor) else [of(each) for each in x] if isinstance(x, list) else x
+
+    return {name: of(value) for name, value in given.items()}
 
 
 def check(op: str, given: dict[str, Any], values: bool = True) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,7 +75,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
         if func.is_view or name in EMPTY | NATIVE:
             return func(*args, **kwargs)
         if name in (WORKSPACE, OUTPUTS):
-            return _room(name, contracts.bind(func._schema, args, kwargs))
+            return _room(name, contracts.bind(func, args, kwargs))
         if self.updating is not None:
             return self.updating(func, args, kwargs)
         _has_kernel(func)
@@ -102,7 +102,7 @@ class SimulatedDevice(TorchDispatchMode):  # type: ignore[misc]  # torch has no 
         return args[0] if changes else _placed(out) if there else out
 
     def _vendor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = contracts.bind(func._schema, args, kwargs)
+        given = contracts.bind(func, args, kwargs)
         given.pop("workspace", None)
         targets = given.pop("out") if func._overloadname == "out" else None
         name, runs = func._schema.name, self.recording is None
@@ -190,13 +190,32 @@ def _room(name: str, given: dict[str, Any]) -> Any:
     return _placed(reference_attention.room(SimpleNamespace(**contracts.mapped(given, alias))))
 
 
+@dataclass(frozen=True)
+class Form:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
 def _same_form(func: Any, given: dict[str, Any], made: Any) -> None:
     """Raises WrongCall if the vendor's Meta kernel gives other shapes or dtypes than we did."""
+    forms = contracts.mapped(given, lambda x: Form(tuple(x.shape), x.stride(), x.dtype))
+    ours = [(tuple(x.shape), x.dtype) for x in leaves(made) if x is not None]
+    theirs = _meta(func, tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in forms.items()))
+    if ours != theirs:
+        raise WrongCall(f"{func._schema.name}: our result is {ours}; the vendor's Meta kernel says {theirs}")
 
-    def meta(x: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
-    want = func._overloadpacket.default(**contracts.mapped(given, meta))
-    forms = [[(tuple(x.shape), x.dtype) for x in leaves(tree) if x is not None] for tree in (made, want)]
-    if forms[0] != forms[1]:
-        raise WrongCall(f"{func._schema.name}: our result is {forms[0]}; the vendor's Meta kernel says {forms[1]}")
+@lru_cache(4096)
+def _meta(func: Any, forms: tuple[tuple[str, Any], ...]) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What the Meta kernel makes of arguments of these forms."""
+
+    def of(x: Any) -> Any:
+        if isinstance(x, Form):
+            return torch.empty_strided(x.shape, x.strides, dtype=x.dtype, device="meta")
+        return [of(each) for each in x] if isinstance(x, tuple) else x
+
+    out = func._overloadpacket.default(**{name: of(value) for name, value in forms})
+    return [(tuple(x.shape), x.dtype) for x in leaves(out) if x is not None]

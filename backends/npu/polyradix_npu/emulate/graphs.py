@@ -118,7 +118,7 @@ def _update(group: Group, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     where = [[x.data_ptr() for x in leaves(tree) if on_device(x)] for tree in (old.args, old.kwargs, args, kwargs)]
     if where[:2] != where[2:]:
         raise WrongCall(f"graph_task_update: {func} has other tensors than were captured")
-    contracts.check(func._schema.name, contracts.bind(func._schema, args, kwargs))
+    contracts.check(func._schema.name, contracts.bind(func, args, kwargs))
     group.recording[group.start] = Call(func, old.args, {**old.kwargs, **_lists(kwargs)}, old.out)
     return kwargs["out"]
 

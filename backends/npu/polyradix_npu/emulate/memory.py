@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,11 +22,20 @@ def alias(x: torch.Tensor) -> torch.Tensor:
     if not on_device(x):
         return x
     storage = x.untyped_storage()
-    size = storage.nbytes() // x.itemsize
-    if not size:
-        return torch.empty(x.shape, dtype=x.dtype)
-    whole = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
-    return torch.frombuffer(whole, dtype=x.dtype, count=size).as_strided(x.shape, x.stride(), x.storage_offset())
+    place, form = (storage.data_ptr(), storage.nbytes()), (x.shape, x.stride(), x.storage_offset())
+    return _seen_from_host(*place, x.dtype, *form, torch.is_inference_mode_enabled())
+
+
+@lru_cache(1 << 14)
+def _seen_from_host(
+    address: int, size: int, dtype: torch.dtype, shape: Any, strides: Any, offset: int, inference: bool
+) -> torch.Tensor:
+    """Of all tensors that are ever there: it owns no memory. Tensors remember the mode that they are made in, hence
+    `inference`."""
+    if size < dtype.itemsize:
+        return torch.empty(shape, dtype=dtype)
+    whole = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(whole, dtype=dtype, count=size // dtype.itemsize).as_strided(shape, strides, offset)
 
 
 def upload(x: torch.Tensor) -> torch.Tensor:
