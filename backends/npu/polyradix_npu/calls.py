@@ -5,6 +5,7 @@ What each allows is in contracts.py. T tokens, S sequences, H hidden size, N hea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch_npu
 
 FRACTAL_NZ = 29
 MASK = 2048  # rows and columns of the fixed mask
+Told = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # by `dispatch` to `collect`: opaque, as chips differ
 CAUSAL, BAND = 3, 4  # of sparse_mode: causal from the last key back, and that within a window
 
 
@@ -174,6 +176,60 @@ def combine(rows: torch.Tensor, weights: torch.Tensor, where: torch.Tensor) -> t
     """The sum over choices [T,k] of weight times row: [T,H] in the dtype of both."""
     out: torch.Tensor = torch_npu.npu_moe_finalize_routing(
         rows, None, None, None, weights, where, None, drop_pad_mode=2
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that hold equal runs of experts, in an HCCL communicator of that name, which serves nothing else."""
+
+    group: str
+    size: int
+    rank: int
+
+
+def dispatch(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, ranks: Ranks, experts: int
+) -> tuple[torch.Tensor, torch.Tensor, Told]:
+    """Sends rows [T,H] to the ranks of their experts, ids int32 [T,k] of all `experts`. Gives the rows that came here,
+    by expert, of which the last may be undefined; int64 [experts/size] how many each expert has; and what `collect`
+    wants untouched. The A2 sums inside a machine first, so it takes the weights, float32 [T,k], along; the A3 does not
+    allow it."""
+    hierarchy = torch.npu.get_device_name().startswith("Ascend910B")
+    rows, _, marks, counts, sums, _, scales = torch_npu.npu_moe_distribute_dispatch_v2(
+        x.contiguous(),
+        ids,
+        ranks.group,
+        ranks.size,
+        ranks.rank,
+        experts,
+        expert_scales=weights if hierarchy else None,
+        expert_token_nums_type=1,
+    )
+    return rows, counts, (marks, sums, scales if hierarchy else None)
+
+
+def collect(
+    rows: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    ranks: Ranks,
+    experts: int,
+    told: Told,
+) -> torch.Tensor:
+    """Sends what experts made of the rows of `dispatch` back, and sums weight times row: [T,H]."""
+    out: torch.Tensor = torch_npu.npu_moe_distribute_combine_v2(
+        expand_x=rows,
+        expert_ids=ids,
+        assist_info_for_combine=told[0],
+        ep_send_counts=told[1],
+        expand_scales=told[2],
+        expert_scales=weights,
+        group_ep=ranks.group,
+        ep_world_size=ranks.size,
+        ep_rank_id=ranks.rank,
+        moe_expert_num=experts,
     )
     return out
 

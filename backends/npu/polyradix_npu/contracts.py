@@ -1,7 +1,8 @@
 """What the vendor's documents allow of each op that we call, as checks of its arguments.
 
 Sources: the wheel's own documents (torch_npu/_op_plugin_docs.py) and Ascend/op-plugin's docs/context, for the Atlas A2
-and A3. Rules of attention are in contracts_attention.py. The simulated device holds every call against them.
+and A3. Rules of attention are in contracts_attention.py, of ops between ranks in contracts_exchange.py. The simulated
+device holds every call against them.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ def mapped(given: dict[str, Any], fn: Callable[[torch.Tensor], Any]) -> dict[str
 
 def check(op: str, given: dict[str, Any], values: bool = True) -> None:
     """Raises WrongCall for a call that the documents forbid, and for an op that has no contract here."""
-    from polyradix_npu import contracts_attention
+    from polyradix_npu import contracts_attention, contracts_exchange
 
-    checks: dict[str, Check] = CHECKS | contracts_attention.CHECKS
+    checks: dict[str, Check] = CHECKS | contracts_attention.CHECKS | contracts_exchange.CHECKS
     name = op.partition("::")[2] or op
     if name not in checks:
         raise WrongCall(f"{op}: no contract of it is known; expected one of {', '.join(sorted(checks))}")

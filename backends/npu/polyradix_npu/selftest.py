@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # hidden size, heads, kv heads, an expert's width, and the prompts' tokens
 SIZES = {"small": (128, 4, 2, 64, (3, 30, 140)), "serving": (2048, 16, 4, 768, (1, 500, 1500))}
+EXCHANGED = 1e-2  # of the largest value: what rows may be off that came back from experts
 Line = tuple[bool, str]
 
 
@@ -216,15 +217,20 @@ def _batch(starts: Sequence[int], counts: Sequence[int], vocab: int) -> HostBatc
 
 
 def _hccl(backend: Backend) -> Iterator[Line]:
-    """A sum over all devices of this machine, each with a process of its own."""
+    """A sum over all devices of this machine, each with a process of its own; and rows sent to experts and back."""
     import torch
 
     if backend.caps.emulated:
-        yield True, "not run: there is none of it in emulation"
+        from polyradix_npu.emulate.exchange import on_ranks
+
+        error = max(on_ranks(2, lambda rank, group: _exchanged(rank, 2, group)))
+        yield error <= EXCHANGED, f"dispatch and combine over 2 simulated ranks: error {error:.1e} of the largest value"
+        yield True, "a sum is not run: there is no HCCL in emulation"
         return
     count = torch.npu.device_count()
     torch.multiprocessing.spawn(_rank, (count,), count)
-    yield True, f"a sum over {count} device(s)"
+    sent = "; rows to experts and back" if count > 1 else "; dispatch and combine want two"
+    yield True, f"a sum over {count} device(s){sent}"
 
 
 def _rank(rank: int, count: int) -> None:
@@ -238,7 +244,33 @@ def _rank(rank: int, count: int) -> None:
     torch.distributed.all_reduce(x)
     if x.cpu().unique().tolist() != [count * (count + 1) / 2]:
         raise RuntimeError(f"rank {rank}: the sum is {x[0].item()}; expected {count * (count + 1) / 2}")
+    if count > 1:  # in a group of its own, as the ops demand
+        group = torch.distributed.new_group(backend="hccl")._get_backend(torch.device("npu"))
+        error = _exchanged(rank, count, group.get_hccl_comm_name(rank))
+        if not error <= EXCHANGED:
+            raise RuntimeError(f"rank {rank}: dispatch and combine: error {error:.1e} of the largest value")
     torch.distributed.destroy_process_group()
+
+
+def _exchanged(rank: int, size: int, group: str) -> float:
+    """Rows go to two of 2 * size experts, which multiply them by 1, 2, 3 ..., and back. The largest error, as a share
+    of the largest value."""
+    import torch
+
+    from polyradix_npu import calls
+
+    random, experts, ranks = np.random.default_rng(rank), 2 * size, calls.Ranks(group, size, rank)
+    x = torch.from_numpy(random.standard_normal((8, 1024), np.float32)).bfloat16()
+    ids = random.random((8, experts)).argsort(1)[:, :2].astype(np.int32)
+    weights = random.random((8, 2), np.float32)
+    asked = torch.from_numpy(ids).to("npu"), torch.from_numpy(weights).to("npu"), ranks, experts
+    rows, counts, told = calls.dispatch(x.to("npu"), *asked)
+    held = counts.cpu()
+    factors = torch.arange(2 * rank + 1, 2 * rank + 3).repeat_interleave(held)[:, None]
+    rows[: len(factors)] *= factors.bfloat16().to("npu")
+    got = calls.collect(rows, *asked, told).cpu().double().numpy()
+    want = x.double().numpy() * (weights * (ids + 1)).sum(1, keepdims=True)
+    return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def _conform(args: argparse.Namespace, *command: str) -> Iterator[Line]:

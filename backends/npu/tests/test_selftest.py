@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyradix_npu import selftest
+from polyradix_npu import contracts_exchange, selftest
 from polyradix_npu.emulate import reference
 
 
@@ -18,7 +18,8 @@ def test_it_passes_and_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "all is well (emulated, which says nothing of a device)" in out
     made = json.loads((tmp_path / "out.json").read_text())
     seen = {text.partition(":")[0] for _, _, text in made["lines"]}
-    assert seen >= set(reference.OPS) - {"npu_format_cast"}
+    assert seen >= set(reference.OPS) - {"npu_format_cast", *contracts_exchange.CHECKS}
+    assert "ok  HCCL: dispatch and combine over 2 simulated ranks: error" in out
     assert made["emulated"]
 
 

@@ -92,6 +92,23 @@ def combine(rows: torch.Tensor, scales: torch.Tensor, mode: int = 2) -> None:
     torch_npu.npu_moe_finalize_routing(rows, None, None, None, scales, ids([0, 1, 2, 3]), None, drop_pad_mode=mode)
 
 
+def dispatch(experts: int = 8, world: int = 2, rank: int = 0, group: str = "none", **changes: Any) -> None:
+    x, chosen = changes.pop("x", on(2, 64)), changes.pop("chosen", ids([[0, 7], [3, 1]]))
+    torch_npu.npu_moe_distribute_dispatch_v2(x, chosen, group, world, rank, experts, **changes)
+
+
+def collect(**changes: Any) -> None:
+    f32, i32 = {"dtype": torch.float32}, {"dtype": torch.int32}
+    more = {"expand_x": on(8, 64), "expert_ids": ids([[0, 7], [3, 1]]), "expert_scales": on(2, 2, **f32)}
+    told = {
+        "assist_info_for_combine": on(8 * 128, **i32),
+        "ep_send_counts": on(8, **i32),
+        "expand_scales": on(8, **f32),
+    }
+    ranks = {"group_ep": "none", "ep_world_size": 2, "ep_rank_id": 0, "moe_expert_num": 8}
+    torch_npu.npu_moe_distribute_combine_v2(**{**more, **told, **ranks, **changes})
+
+
 RIGHT: dict[str, Callable[[], Any]] = {
     "attention in TND": attend,
     "windows": lambda: attend(sparse_mode=4, pre_tokens=6, next_tokens=0),
@@ -186,6 +203,23 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "matrices turned around": (lambda: grouped(weight=on(2, 16, 32)), "32 rows in each matrix"),
     "weights of another dtype": (lambda: combine(on(4, 8), on(2, 2, dtype=torch.float32)), "the dtype of expanded"),
     "rows in column order": (lambda: combine(on(4, 8), on(2, 2), mode=0), "drop_pad_mode is 0"),
+    "a group that is not there": (dispatch, "expected the name of a group that there is"),
+    "no group": (lambda: dispatch(group=""), "the name of an HCCL communicator"),
+    "one rank": (lambda: dispatch(world=1), "ep_world_size is 1"),
+    "a rank too many": (lambda: dispatch(rank=2), "ep_rank_id is 2; expected 0 to 1"),
+    "experts that cannot be shared": (lambda: dispatch(experts=9), "a multiple of 2"),
+    "many experts for a rank": (lambda: dispatch(experts=50), "1 to 24 for each rank"),
+    "narrow rows": (lambda: dispatch(x=on(2, 40)), "whole 32s of columns"),
+    "rows of float32 sent": (lambda: dispatch(x=on(2, 64, dtype=torch.float32)), "float16 or bfloat16"),
+    "an expert twice": (lambda: dispatch(chosen=ids([[0, 7], [3, 3]])), "distinct ids in a row"),
+    "an expert that no rank has": (lambda: dispatch(chosen=ids([[0, 8], [3, 1]])), "ids from 0 to 7"),
+    "quantised rows": (lambda: dispatch(quant_mode=2), "quant_mode is 2"),
+    "weights in bfloat16": (lambda: dispatch(expert_scales=on(2, 2)), "expert_scales is bfloat16"),
+    "a tp group": (lambda: dispatch(group_tp="other", tp_world_size=2), "group_tp is other"),
+    "fewer rows back": (lambda: collect(expand_x=on(4, 64)), "8 rows, as were dispatched"),
+    "other marks": (lambda: collect(assist_info_for_combine=on(8, dtype=torch.int32)), "1024 values, as dispatched"),
+    "other counts": (lambda: collect(ep_send_counts=on(2, dtype=torch.int32)), "at least 8 values"),
+    "a weight too few": (lambda: collect(expert_scales=on(2, 1, dtype=torch.float32)), "the shape of expert_ids"),
     "an unknown format": (lambda: torch_npu.npu_format_cast(on(16, 16), 4), "acl_format is 4"),
     "an op without a contract": (lambda: torch_npu.npu_fast_gelu(on(3, 4)), "no contract of it"),
 }
@@ -204,7 +238,7 @@ def test_wrong_calls_are_refused(what: str, device: SimulatedDevice) -> None:
 
 
 def test_every_op_has_a_contract_and_a_reference() -> None:
-    from polyradix_npu import contracts_attention
+    from polyradix_npu import contracts_attention, contracts_exchange
     from polyradix_npu.emulate.reference import OPS
 
-    assert set(OPS) == {*CHECKS, *contracts_attention.CHECKS}
+    assert set(OPS) == {*CHECKS, *contracts_attention.CHECKS, *contracts_exchange.CHECKS}

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from polyradix_npu.emulate.exchange import combine, dispatch
 from polyradix_npu.emulate.reference_attention import attention, paged_attention
 
 Args = SimpleNamespace
@@ -139,4 +140,6 @@ OPS: dict[str, Callable[[Args], Any]] = {
     "npu_format_cast": format_cast,
     "npu_fused_infer_attention_score_v2": attention,
     "_npu_paged_attention": paged_attention,
+    "npu_moe_distribute_dispatch_v2": dispatch,
+    "npu_moe_distribute_combine_v2": combine,
 }
