@@ -18,7 +18,7 @@ OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 @all_told(torch.cuda)
 class CudaBackend(GpuBackend):
     def __init__(self, index: int, capture: bool) -> None:
-        super().__init__("cuda", FEATURES | QUANTS, TritonOps(), index, capture)
+        super().__init__("cuda", FEATURES | QUANTS | {"kv_fp8"}, TritonOps(), index, capture)
 
 
 def create(capture: bool, index: int, tp: int) -> Backend:

@@ -26,7 +26,7 @@ SPILLS = {"vgpr_spill_count": "vector registers", "sgpr_spill_count": "scalar re
 
 
 def served() -> Iterator[launches.Launch]:
-    """What the backend launches: products are torch's until some are tuned."""
+    """What the backend launches: products are torch's until some are tuned. Of float8 caches, one head size."""
     yield from launches.of_rows()
     yield from launches.of_attention()
     yield from launches.of_experts()
@@ -40,6 +40,7 @@ def served() -> Iterator[launches.Launch]:
 def every() -> Iterator[launches.Launch]:
     """All but what reads through tensor descriptors, which these chips do not have."""
     yield from served()
+    yield from launches.of_float8()
     yield from launches.of_products()
 
 

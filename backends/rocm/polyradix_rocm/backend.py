@@ -83,7 +83,7 @@ class RocmBackend(AiterHost, GpuBackend):
 
     def __init__(self, index: int, capture: bool, aiter: Aiter | None, note: str) -> None:
         ops = TritonOps() if aiter is None else TritonAiterOps(aiter)
-        super().__init__("rocm", FEATURES | QUANTS, ops, index, capture)
+        super().__init__("rocm", FEATURES | QUANTS | {"kv_fp8"}, ops, index, capture)
         self.caps = _noted(self.caps, note, aiter)
 
 
@@ -98,7 +98,7 @@ class CpuBackend(AiterHost, TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS,
+            features=FEATURES | QUANTS | {"kv_fp8"},
         )
         super().__init__(_noted(caps, note, aiter), TorchAiterOps(aiter), "cpu")
 

@@ -114,7 +114,7 @@ class AiterVerbs(Beneath):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any, a: AttnSpec) -> Any:
         decode = self._decodes(m) and a.window is None and self._decodes_in(a)
-        if q.dtype != BF16 or a.sinks is not None or not (decode or self._prefills_in(a)):
+        if {q.dtype, kv[0].dtype} != {BF16} or a.sinks is not None or not (decode or self._prefills_in(a)):
             return super().attend(q, k, v, kv, m, a)
         self._write(k, v, kv, m)
         part = self._plan(m, kv[0].shape[1]).whole

@@ -35,7 +35,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix.backend.quant import check_quant
 from polyradix.backend.sampling import sample_host
-from polyradix_torch.host import done, kv_dtype, to_numpy, to_torch, torch_dtype
+from polyradix_torch.host import done, kv_dtype, movable, to_numpy, to_torch, torch_dtype
 from polyradix_torch.indexer import Indexed
 from polyradix_torch.moe import Router
 from polyradix_torch.ops import Linear, TorchMeta
@@ -149,7 +149,7 @@ class TorchBackend(ABC):
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
         with torch.inference_mode():
-            for cache in _tensors(kv):
+            for cache in map(movable, _tensors(kv)):
                 cache[list(dst)] = cache[list(src)]
         return kv
 
@@ -162,7 +162,7 @@ class TorchBackend(ABC):
             for layer, whole in zip(each_array(kv), to_torch(data, self.device).transpose(0, 1), strict=True):
                 parts = whole[0].split([x.shape[3] for x in layer], dim=3) if isinstance(layer, Indexed) else whole
                 for cache, part in zip(layer, parts, strict=True):
-                    cache[list(pages)] = part
+                    movable(cache)[list(pages)] = movable(part)
         return kv
 
     def fetch(self, x: Array) -> Future[HostArray]:
@@ -171,7 +171,7 @@ class TorchBackend(ABC):
 
 def _exported(layer: Any, pages: list[int]) -> torch.Tensor:
     """[part,page,slot,head,dim]"""
-    parts = [cache[pages] for cache in layer]
+    parts = [movable(cache)[pages].view(cache.dtype) for cache in layer]
     return torch.cat(parts, dim=3)[None] if isinstance(layer, Indexed) else torch.stack(parts)
 
 

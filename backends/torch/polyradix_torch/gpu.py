@@ -32,7 +32,7 @@ from polyradix.backend.protocol import (
 )
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import told
-from polyradix_torch.host import torch_dtype
+from polyradix_torch.host import kv_dtype, torch_dtype
 from polyradix_torch.memory import remaining, settled
 from polyradix_torch.mesh import Mesh, nccl
 from polyradix_torch.pending import Pending
@@ -76,7 +76,7 @@ class TritonBackend(TorchBackend):
         return Router.of(weight, bias)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        kv, size = super().alloc_kv(spec, pages), torch_dtype(spec.dtype).itemsize
+        kv, size = super().alloc_kv(spec, pages), kv_dtype(spec.dtype).itemsize
         self._page, self._latent = spec.page_size, spec.kind == "latent"
         self._rows = latent.tile_rows(size) if self._latent else attention.tile_rows(spec.head_dim, size)
         return kv

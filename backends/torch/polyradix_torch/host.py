@@ -32,6 +32,11 @@ def kv_dtype(name: str) -> torch.dtype:
     return torch.float8_e4m3fn if name == "float8_e4m3fn" else torch_dtype(name)
 
 
+def movable(x: torch.Tensor) -> torch.Tensor:
+    """The same memory in a dtype that torch copies by index: float8 as its bits."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 def to_torch(x: HostArray, device: str = "cpu") -> torch.Tensor:
     """A copy on `device` that shares no memory with `x`, of the same shape and dtype."""
     own = np.array(x, order="C") if device == "cpu" else np.ascontiguousarray(x)

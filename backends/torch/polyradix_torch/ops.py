@@ -33,6 +33,7 @@ from polyradix.backend.protocol import (
     MoeSpec,
     MoeWeights,
 )
+from polyradix_torch.host import movable
 from polyradix_torch.indexer import Indexed, attend_alone, select, turned
 from polyradix_torch.latent import absorb, expanded, expanding_pays, unabsorb
 from polyradix_torch.moe import SERIAL, clamped, route, share, sigmoid, spread, weighted
@@ -126,9 +127,8 @@ class TorchOps(Products):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
         m = m.of(kv)
         for cache, new in zip(kv, (k, v), strict=True):
-            rows, slots = _held(new, cache.dtype), cache.view(-1, *cache.shape[2:])
-            bits = torch.uint8 if rows.dtype == torch.float8_e4m3fn else rows.dtype  # torch copies no float8 by index
-            slots.view(bits).index_copy_(0, m.slots, rows.view(bits))
+            slots = movable(cache).view(-1, *cache.shape[2:])
+            slots.index_copy_(0, m.slots, movable(_held(new, cache.dtype)))
         return self._read(q, kv, m, a), kv
 
     def attend_latent(

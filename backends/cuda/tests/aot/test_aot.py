@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from polyradix_cuda.aot import LAUNCHES, MODULE
+from polyradix_cuda.aot import MODULE
 from polyradix_torch.triton import aot
 
+LAUNCHES = "polyradix_torch.triton.launches:tested"
 worker = partial(aot.worker, MODULE, folder=Path(__file__).parents[3] / "torch/tests/triton")
 
 

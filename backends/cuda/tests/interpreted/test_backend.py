@@ -26,13 +26,14 @@ from polyradix_torch.triton import prefix
 from polyradix_torch.triton.capture import Graphs
 from polyradix_torch.triton.ops import GpuMeta
 
-CASES = {c.id: c for c in all_cases() if c.profile in ("dense", "mla")}
+CASES = {c.id: c for c in all_cases() if c.profile in ("dense", "mla", "quant")}
 CAPTURED = (  # with decodes of 1, 2, 3, 5 and 64 sequences
     "L0/results/float32",
     "L1/attend/decode/normal/bfloat16",
     "L1/attend/decode/window-7/float32",
     "L1/attend_latent/decode/normal/bfloat16",
     "L1/gated/normal/bfloat16",
+    "L1/kv_fp8/decode/bfloat16",
     "L1/sample/grid/float32",
     "L1/sample/mask/bfloat16",
     "L1/logprobs/float32",

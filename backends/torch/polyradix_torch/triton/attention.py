@@ -6,7 +6,7 @@ The cache is [pages, page, Hk, D]. A sequence's pages are a run of one flat list
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import gcd
 
@@ -18,6 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from polyradix.backend.protocol import AttnSpec
 from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
+from polyradix_torch.triton.eight import readable, wide
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PLAN = ("single", "cu_q", "kv_len", "page_start", "pages", "tiles", "common", "parts", "members", "items")
@@ -80,15 +81,16 @@ def _unit(scale, CAP: tl.constexpr):
 
 @triton.jit
 def _read(
-    keys, values, mine, at, known, h, HK, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr
+    keys, values, mine, at, known, h, HK, to: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr
 ):  # fmt: skip
-    """Keys and values [BLOCK,DP] of head h at positions `at`, zeros where not `known`."""
+    """Keys and values [BLOCK,DP] of head h at positions `at` in dtype `to`, zeros where not `known`."""
     d = tl.arange(0, DP)
     page = tl.load(mine + at // PAGE, mask=known, other=0).to(tl.int64)
     row = ((page * PAGE + at % PAGE) * HK + h) * D
     inside = known[:, None] & (d < D)[None, :]
     k = tl.load(keys + row[:, None] + d[None, :], mask=inside, other=0.0)
-    return k, tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+    v = tl.load(values + row[:, None] + d[None, :], mask=inside, other=0.0)
+    return wide(k, to), wide(v, to)
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def _decode(
     acc = tl.zeros((GP, DP), tl.float32)
     for block in range(begin, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
-        k, v = _read(keys, values, mine, at, at < end, h, HK, D, DP, PAGE)
+        k, v = _read(keys, values, mine, at, at < end, h, HK, query.dtype, D, DP, PAGE)
         score = tl.where((at < end)[None, :], _scores(query, k, scale, cap, CAP, PRECISION), -float("inf"))
         acc, total, top = _add(acc, total, top, score, unit, v, PRECISION)
     if SLOTS == 1:
@@ -200,12 +202,13 @@ KV = tuple[torch.Tensor, torch.Tensor]
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: KV, at: Paged, a: AttnSpec) -> torch.Tensor:
     """Each sequence's query rows, its newest tokens, over its keys: q [T,Hq,D] -> [T,Hq*D].
 
-    k and v [T,Hk,D], whose heads are contiguous, are in the cache already."""
+    k and v [T,Hk,D], whose heads are contiguous, are in the cache already, and of the values that it holds."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    kv = readable(kv[0]), readable(kv[1])
     if len(at.single):
-        launch_decode(q, kv, out, at, a, decode_plan(q, at.splits))
+        launch_decode(q, kv, out, at, a, decode_plan(q, at.splits, _eight(kv)))
     if len(at.tiles):
-        launch_prefill(q, k, v, kv, out, at, a, prefill_plan(q))
+        launch_prefill(q, k, v, kv, out, at, a, prefill_plan(q, _eight(kv)))
     return out.flatten(1)
 
 
@@ -220,14 +223,25 @@ class Plan:
     dense: bool = False  # keys of this batch are read from k and v, by tensor descriptors
 
 
-def decode_plan(q: torch.Tensor, splits: int) -> Plan:
+def decode_plan(q: torch.Tensor, splits: int, eight: bool = False) -> Plan:
+    """`eight`: of a cache of float8."""
     if int(triton.next_power_of_2(q.shape[2])) * q.element_size() > 256:
-        return _cut("decode", q, Plan(64 // q.element_size(), 4))
-    return _cut("decode", q, Plan(32, 2) if splits == 1 else Plan(64, 4))
+        return _cut("decode", q, eight, Plan(64 // q.element_size(), 4))
+    return _cut("decode", q, eight, Plan(32, 2) if splits == 1 else Plan(64, 4))
 
 
-def _cut(kernel: str, q: torch.Tensor, plan: Plan) -> Plan:
-    return cut(q.device, kernel, f"{q.element_size()} x {_padded(q.shape[2])}", plan)
+def _eight(kv: KV) -> bool:
+    return kv[0].element_size() == 1
+
+
+def _bytes(q: torch.Tensor, eight: bool) -> int:
+    """The first key of PREFILL."""
+    return 1 if eight and q.element_size() == 2 else q.element_size()
+
+
+def _cut(kernel: str, q: torch.Tensor, eight: bool, plan: Plan) -> Plan:
+    plan = cut(q.device, kernel, f"{_bytes(q, eight)} x {_padded(q.shape[2])}", plan)
+    return replace(plan, stages=1) if eight and q.element_size() == 4 else plan  # more stages spill
 
 
 def launch_decode(
@@ -245,7 +259,7 @@ def launch_decode(
         lse = torch.empty(count, heads, slots, dtype=torch.float32, device=q.device)
     if shared is not None:
         common, parts = shared.common, shared.parts
-        _launch_prefix(q, kv, part, lse, at, shared, a, tile or prefill_plan(q))
+        _launch_prefix(q, kv, part, lse, at, shared, a, tile or prefill_plan(q, _eight(kv)))
     _decode[(count, kv_heads, splits)](
         q, *kv, _sinks(q, a), out, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, common, a.scale,
         a.softcap or 0.0, a.window or 1 << 30, q.stride(0), kv_heads, group, max(ROWS, triton.next_power_of_2(group)),
@@ -269,7 +283,7 @@ def _blocks(
     unit = _unit(scale, CAP)
     for block in range(begin, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
-        k, v = _read(keys, values, mine, at, at < n, h, HK, D, DP, PAGE)
+        k, v = _read(keys, values, mine, at, at < n, h, HK, query.dtype, D, DP, PAGE)
         score = _scores(query, k, scale, cap, CAP, PRECISION)
         if MASKED:
             seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
@@ -341,14 +355,15 @@ def _dense(
 def _prefill(
     q, k, v, keys, values, sinks, out, cu_q, kv_len, page_start, pages, tiles, scale, cap, window, q_row, HQ, HK,
     G: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CUT: tl.constexpr, BLOCK: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    SINK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's rows are TILE // PACK tokens of PACK query heads of one kv head."""
+    """A tile's rows are TILE // PACK tokens of PACK query heads of one kv head. Those in `tiles` are CUT as tall."""
     TOKENS: tl.constexpr = TILE // PACK
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # the longest first
     h, part = tl.program_id(0) // G, tl.program_id(0) % G
-    s, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1) + part % PACK * TOKENS
+    s, first = tl.load(tiles + tile // CUT * 2), tl.load(tiles + tile // CUT * 2 + 1)
+    first += tile % CUT * TILE + part % PACK * TOKENS
     q0 = tl.load(cu_q + s)
     count, n = tl.load(cu_q + s + 1) - q0, tl.load(kv_len + s)
     if first >= count:
@@ -393,9 +408,13 @@ def _prefill(
     tl.store(out + ((token * HQ + head) * D)[:, None] + d[None, :], result, mask=rows)
 
 
-# By bytes of a number and padded head: query rows and warps of a prefill's tile, and its keys on chips with little and
-# with MUCH shared memory for a block. Those with much (Hopper on) multiply out of it, and have registers to spare.
+# By bytes of a number (1: bfloat16's queries over float8) and padded head: query rows and warps of a prefill's tile,
+# and its keys on chips with little and with MUCH shared memory for a block. Those with much (Hopper on) multiply out of
+# it, and have registers to spare.
 PREFILL = {
+    (1, 64): (64, 4, 64, 64),
+    (1, 128): (64, 4, 32, 64),
+    (1, 256): (64, 8, 32, 32),
     (2, 64): (64, 4, 64, 64),
     (2, 128): (64, 4, 32, 64),
     (2, 256): (64, 8, 32, 64),
@@ -424,14 +443,15 @@ def _padded(dim: int) -> int:
 
 
 def tile_rows(dim: int, bytes_each: int) -> int:
-    """Query rows of one prefill tile."""
+    """Query rows of one prefill tile, by the bytes of a number in the cache; of float32's over float8, of several."""
     return PREFILL[bytes_each, _padded(dim)][0]
 
 
-def prefill_plan(q: torch.Tensor) -> Plan:
-    rows, warps, *keys = PREFILL[q.element_size(), _padded(q.shape[2])]
+def prefill_plan(q: torch.Tensor, eight: bool = False) -> Plan:
+    rows, warps, *keys = PREFILL[_bytes(q, eight), _padded(q.shape[2])]
     much = _shared(q.device) >= MUCH
-    return _cut("prefill", q, Plan(keys[much], warps, rows=rows, dense=much and q.element_size() == 2))
+    plan = Plan(keys[much], warps, rows=rows, dense=much and q.element_size() == 2)
+    return _cut("prefill", q, eight, plan)
 
 
 def _descriptor(x: torch.Tensor, block: int) -> TensorDescriptor | None:
@@ -450,9 +470,10 @@ def launch_prefill(
     page, kv_heads = kv[0].shape[1:3]
     group = heads // kv_heads
     dense = [_descriptor(x, plan.keys) for x in (k, v)] if plan.dense else [None, None]
-    _prefill[(heads, len(at.tiles))](
+    cuts = tile_rows(dim, kv[0].element_size()) // plan.rows
+    _prefill[(heads, len(at.tiles) * cuts)](
         q, *dense, *kv, _sinks(q, a), out, at.cu_q, at.kv_len, at.page_start, at.pages, at.tiles, a.scale,
         a.softcap or 0.0, a.window or 1 << 30, q.stride(0), heads, kv_heads, group, gcd(group, plan.rows), dim,
-        _columns(dim), page, plan.rows, plan.keys, None not in dense, a.window is not None,
+        _columns(dim), page, plan.rows, cuts, plan.keys, None not in dense, a.window is not None,
         a.softcap is not None, a.sinks is not None, _precision(q), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip

@@ -15,11 +15,17 @@ from polyradix_torch.quant import Codes
 from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.skinny import Tile
 
-BF16, F32 = torch.bfloat16, torch.float32
+BF16, F32, EIGHT = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 Launch = tuple[str, Callable[[], Any]]
 
 
 def every() -> Iterator[Launch]:
+    yield from tested()
+    yield from of_float8()
+
+
+def tested() -> Iterator[Launch]:
+    """All but the heads of a float8 cache that take long to compile."""
     yield from of_rows()
     yield from of_products()
     yield from of_descriptors()
@@ -46,7 +52,10 @@ def of_rows() -> Iterator[Launch]:
     yield "width 4096", lambda: rows.add_rms_norm(x, x, weight, 1e-5)
     yield "width 16384", lambda: rows.rms_norm(empty(64, 16384), empty(16384, dtype=F32), 1e-5)
     yield "D128", lambda: rows.rope(q, k, table, integers(64))
+    eights = tuple(empty(*x.shape, dtype=EIGHT) for x in cache)
     yield "8xD128", lambda: rows.write(k, v, cache, integers(64))
+    for held in (False, True):
+        yield f"8xD128 float8{' held' * held}", partial(rows.write, k, v, eights, integers(64), held)
     yield "width 14336", lambda: rows.gated(empty(64, 28672), "silu")
     yield "vocabulary 128256", lambda: rows.argmax(empty(64, 128256, dtype=F32))
     yield "", lambda: rows.take_previous(integers(64), integers(64), integers(64))
@@ -91,6 +100,16 @@ def of_attention() -> Iterator[Launch]:
     yield attend(BF16, 128, 8, 8)
     for splits in (0, 1, 8):
         yield attend(BF16, 64, 8, splits, sinks=True)
+    for splits in (0, 8):
+        yield attend(BF16, 128, 4, splits, eight=True)
+
+
+def of_float8() -> Iterator[Launch]:
+    yield attend(BF16, 128, 4, 1, shared=True, eight=True)
+    for dtype, dim, group in ((BF16, 64, 8), (BF16, 256, 4), (F32, 256, 2)):
+        for splits in (0, 8):
+            yield attend(dtype, dim, group, splits, eight=True)
+        yield attend(dtype, dim, group, 1, shared=True, eight=True)
 
 
 def attend(
@@ -101,16 +120,18 @@ def attend(
     softcap: float | None = None,
     shared: bool = False,
     sinks: bool = False,
+    eight: bool = False,
 ) -> Launch:
-    """A decode of 64 sequences when `splits` is given, else a prefill; some of its keys are shared if so said."""
+    """A decode of 64 sequences when `splits` is given, else a prefill; some of its keys are shared if so said, and in a
+    cache of float8."""
     heads = Heads(8 * group, 8, dim)
     q, k, v = empty(512, heads.q + 2 * heads.kv, dim, dtype=dtype).split([heads.q, heads.kv, heads.kv], dim=1)
-    cache = empty(256, 16, heads.kv, dim, dtype=dtype)
+    cache = empty(256, 16, heads.kv, dim, dtype=EIGHT if eight else dtype)
     single, tiles = (integers(64), integers(0, 2)) if splits else (integers(0), integers(16, 2))
     plan = attention.Shared(integers(64), integers(64), integers(64), integers(32, 5)) if shared else None
     at = attention.Paged(integers(65), integers(64), integers(64), integers(4096), single, splits, tiles, plan)
     what = "shared" if shared else f"splits {splits}" if splits else "prefill"
-    what += " sinks" if sinks else ""
+    what += " sinks" * sinks + " float8" * eight
     spec = AttnSpec(heads, dim**-0.5, None, softcap, empty(heads.q, dtype=F32) if sinks else None)
     return f"D{dim} G{group} {_name(dtype)} {what}", lambda: attention.attend(q, k, v, (cache, cache), at, spec)
 

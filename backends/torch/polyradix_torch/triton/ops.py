@@ -51,7 +51,7 @@ class TritonOps(Products):
         return rows.rope(q, k, table, m.positions)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
-        rows.write(k, v, kv, m.slots)
+        k, v = rows.write(k, v, kv, m.slots, held=len(m.paged.tiles) > 0)
         return attention.attend(q, k, v, kv, m.paged, a), kv
 
     def attend_latent(

@@ -4,8 +4,6 @@ and a block's sum is scaled in float32. Lists of pairs are those of moe.py.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -15,15 +13,9 @@ from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
 from polyradix_torch.triton import moe, rows
 from polyradix_torch.triton.early import early, start
+from polyradix_torch.triton.eight import readable, wide
 
 LEAST = 16  # columns that the matrix units take
-
-
-@triton.jit
-def _eight(bits):
-    """Bits of float8_e4m3fn, NaN left out, -> float32: for chips without the type. Its exponent has bias 7, not 127."""
-    wide = bits.to(tl.uint32)
-    return (((wide & 128) << 24) | ((wide & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -69,9 +61,7 @@ def _quant(
             if FOUR:
                 w = tl.reshape(tl.join(w & 15, w >> 4), (COLUMNS, DEPTH)).to(tl.float32)
                 w -= tl.load(zero + at).to(tl.float32)[:, None]
-            elif w.dtype == tl.uint8:
-                w = _eight(w)
-            part = tl.dot(w.to(a.dtype), tl.trans(a), input_precision="ieee")
+            part = tl.dot(wide(w, a.dtype), tl.trans(a), input_precision="ieee")
             acc += part * tl.load(scale + at)[:, None]
         if BIAS:
             acc += tl.load(bias + row).to(tl.float32)[:, None]
@@ -90,15 +80,6 @@ def _depth(quant: Quant, width: int) -> int:
     return 128 if columns >= width else columns & -columns
 
 
-@cache
-def _has_eight(device: torch.device) -> bool:
-    """Whether the chip converts float8_e4m3fn itself."""
-    if device.type == "cpu":
-        return False
-    target = triton.runtime.driver.active.get_current_target()
-    return bool(target.backend == "cuda" and target.arch >= 89)
-
-
 def product(
     x: torch.Tensor, w: Codes, bias: torch.Tensor | None = None, routes: moe.Routes | None = None
 ) -> torch.Tensor:
@@ -109,12 +90,11 @@ def product(
     b = moe.planned(x, pairs if routes is None else routes.each, gated=False)
     depth = min(b.depth, _depth(w.quant, k))
     tiles = triton.cdiv(pairs, b.rows) if routes is None else min(pairs, pairs // b.rows + experts)
-    codes = w.codes if _has_eight(x.device) else w.codes.view(torch.uint8)
     out = x.new_zeros(pairs, n) if routes is not None and routes.others else x.new_empty(pairs, n)
     lists, counts = (out, out) if routes is None else (routes.lists, routes.counts)
     _quant[(tiles * triton.cdiv(n, b.columns),)](
-        x, codes, w.scale, w.scale if w.zero is None else w.zero, out if bias is None else bias, out, lists, counts,
-        pairs, lists.shape[1], experts, n, k, pairs // max(1, len(x)), w.quant.block[1], w.quant.block[0],
+        x, readable(w.codes), w.scale, w.scale if w.zero is None else w.zero, out if bias is None else bias, out,
+        lists, counts, pairs, lists.shape[1], experts, n, k, pairs // max(1, len(x)), *w.quant.block[::-1],
         w.zero is not None, bias is not None, routes is not None, triton.next_power_of_2(experts), b.rows, b.columns,
         depth, k % depth == 0, **early(x.device), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from polyradix.backend.protocol import Gate
 from polyradix_torch.triton.early import early, start
+from polyradix_torch.triton.eight import nearest, wide
 
 LANES = 1024  # columns of one program of the argmax
 PLAN = ("positions", "slots", "tokens", "source")  # anywhere in a buffer: no code of its own for each
@@ -130,7 +131,10 @@ def gated(x: torch.Tensor, kind: Gate) -> torch.Tensor:
 
 
 @triton.jit(do_not_specialize_on_alignment=PLAN)
-def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _write(
+    k, v, keys, values, k_held, v_held, slots, k_row, v_row, SIZE,
+    BLOCK: tl.constexpr, EIGHT: tl.constexpr, HELD: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -138,18 +142,30 @@ def _write(k, v, keys, values, slots, k_row, v_row, SIZE, BLOCK: tl.constexpr, E
     target = tl.load(slots + row).to(tl.int64) * SIZE + at
     key = tl.load(k + row * k_row + at, mask=mask)
     value = tl.load(v + row * v_row + at, mask=mask)  # both before the stores, which no load may overtake
+    if EIGHT:
+        key, value = nearest(key), nearest(value)
     tl.store(keys + target, key, mask=mask)
     tl.store(values + target, value, mask=mask)
+    if HELD:
+        tl.store(k_held + row * SIZE + at, wide(key, k_held.dtype.element_ty), mask=mask)
+        tl.store(v_held + row * SIZE + at, wide(value, v_held.dtype.element_ty), mask=mask)
 
 
-def write(k: torch.Tensor, v: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor], slots: torch.Tensor) -> None:
-    """Row t of k and v [T,Hk,D], whose heads are contiguous, into slot slots[t] of the cache [pages,page,Hk,D]."""
-    size = k.shape[1] * k.shape[2]
-    block = triton.next_power_of_2(size)
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def write(k: torch.Tensor, v: torch.Tensor, kv: Pair, slots: torch.Tensor, held: bool = True) -> Pair:
+    """Row t of k and v [T,Hk,D], whose heads are contiguous, into slot slots[t] of the cache [pages,page,Hk,D]. Gives k
+    and v as the cache holds them, if `held` is asked for: itself them, but for a cache of float8_e4m3fn."""
+    size, eight = k.shape[1] * k.shape[2], kv[0].dtype == torch.float8_e4m3fn
+    held, block = held and eight, triton.next_power_of_2(size)
+    keys, values = (x.view(torch.uint8) if eight else x for x in kv)
+    out = (k.new_empty(k.shape), v.new_empty(v.shape)) if held else (k, v)
     _write[(len(k),)](
-        k, v, *kv, slots, k.stride(0), v.stride(0), size, block, **early(k.device),
+        k, v, keys, values, *out, slots, k.stride(0), v.stride(0), size, block, eight, held, **early(k.device),
         num_warps=min(8, max(1, block // 256)),
     )  # fmt: skip
+    return out
 
 
 @triton.jit

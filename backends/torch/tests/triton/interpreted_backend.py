@@ -25,7 +25,7 @@ class Interpreted(TritonBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS,
+            features=FEATURES | QUANTS | {"kv_fp8"},
             max_tp=2,
         )
         super().__init__(caps, TritonOps(), "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,22 +121,24 @@ def without(m: GpuMeta) -> GpuMeta:
 
 @pytest.mark.usefixtures("exact", "small")
 @pytest.mark.parametrize(
-    ("page", "heads", "dtype", "splits", "softcap", "window"),
+    ("page", "heads", "dtype", "splits", "softcap", "window", "held"),
     [
-        (1, Heads(4, 1, 64), torch.float32, 1, None, None),
-        (16, Heads(7, 1, 80), torch.bfloat16, 3, None, None),
-        (16, Heads(2, 2, 64), torch.bfloat16, 1, 5.0, None),
-        (4, Heads(6, 2, 16), torch.float32, 2, None, 20),
-        (4, Heads(4, 2, 8), torch.float32, 2, None, None),
+        (1, Heads(4, 1, 64), torch.float32, 1, None, None, None),
+        (16, Heads(7, 1, 80), torch.bfloat16, 3, None, None, None),
+        (16, Heads(2, 2, 64), torch.bfloat16, 1, 5.0, None, None),
+        (4, Heads(6, 2, 16), torch.float32, 2, None, 20, None),
+        (4, Heads(4, 2, 8), torch.float32, 2, None, None, None),
+        (16, Heads(4, 1, 64), torch.bfloat16, 2, None, None, torch.float8_e4m3fn),
     ],
 )
 def test_decode(
-    page: int, heads: Heads, dtype: torch.dtype, splits: int, softcap: float | None, window: int | None
+    page: int, heads: Heads, dtype: torch.dtype, splits: int, softcap: float | None, window: int | None, held: Any
 ) -> None:
-    """Beside prefills. A window is over all keys, so nothing is read for others."""
+    """Beside prefills. A window is over all keys, so nothing is read for others. `held` is the cache's dtype."""
     batch = batch_of(GROUPS, page, more=(18,))
     x, spec = layer(batch, heads, page, dtype), AttnSpec(heads, heads.dim**-0.5, window, softcap)
-    meta, _ = upload(batch, page, attention.tile_rows(heads.dim, dtype.itemsize), splits, CPU)
+    x = replace(x, kv=(x.kv[0].to(held or dtype), x.kv[1].to(held or dtype)))
+    meta, _ = upload(batch, page, attention.tile_rows(heads.dim, x.kv[0].itemsize), splits, CPU)
     assert meta.paged.shared is not None
     got, _ = TritonOps().attend(x.q, x.k, x.v, x.kv, meta, spec)
     want = expected(batch, x, spec, page)

@@ -22,6 +22,7 @@ CHOSEN = (  # by subject; the interpreter is slow
     r"L2/(copied|linked|exported_then_written)",
     r"L1/quant/(linear/(fp8-block|int4-group-32)/|(linear/bias/int4-group-64|linear_gated/fp8-channel)/bfloat16)",
     r"L1/quant/moe/fp8-block/bfloat16",
+    r"(L1/kv_fp8/mixed/bfloat16|L2/kv_fp8/(written/bfloat16|size))",
     r"L1/moe/(clamped|biased-logits)/bfloat16",
     r"L1/moe/(groups/bias/bfloat16|ties/float32|ties/groups/bfloat16|width|unnormalised/float32|many-experts/bfloat16)",
 )

@@ -13,7 +13,7 @@ from interpreted_backend import Interpreted
 from polyradix.backend.protocol import ParamSpec, Quant
 from polyradix_torch.ops import Linear
 from polyradix_torch.quant import Codes
-from polyradix_torch.triton import quant
+from polyradix_torch.triton import eight, quant
 
 pytestmark = pytest.mark.usefixtures("exact")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("exact")
 @pytest.mark.parametrize("native", [True, False])
 def test_every_code_of_float8(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
     """Each alone in a row, in a block of its own scale."""
-    monkeypatch.setattr(quant, "_has_eight", lambda device: native)
+    monkeypatch.setattr(eight, "_native", lambda device: native)
     numbers = np.array([c for c in range(256) if c & 127 != 127], np.uint8)
     scale = np.random.default_rng(0).uniform(0.5, 2, (254, 1)).astype(np.float32)
     bits = np.zeros((254, 32), np.uint8)
