@@ -231,7 +231,7 @@ def decode_plan(q: torch.Tensor, splits: int, eight: bool = False) -> Plan:
 
 
 def _eight(kv: KV) -> bool:
-    return kv[0].element_size() == 1
+    return bool(kv[0].element_size() == 1)
 
 
 def _bytes(q: torch.Tensor, eight: bool) -> int:
