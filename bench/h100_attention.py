@@ -1,7 +1,7 @@
-"""Attention kernels on one GPU: checked against float64, then timed on the shapes that serving meets. Prefill and
-decode are timed as they are, shared keys by several plans, after decode that does not know of them.
+"""Attention kernels on one GPU: checked against float64, then timed on the shapes that serving meets: prefill and decode
+as they are, decode over float8 by other plans too, shared keys by several plans, after decode that does not know of them.
 
-    python bench/h100_attention.py [--workers 16]
+    python bench/h100_attention.py [--workers 16] [--only float8]
 
 Every part runs in a process of its own, so that a plan that breaks the device costs its part alone. Plans are compiled
 beforehand by many processes. Times are of captured launches over caches that together exceed L2, best of five.
@@ -23,9 +23,11 @@ from triton.runtime.jit import JITFunction
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import AttnSpec, Heads
+from polyradix_torch.host import movable
 from polyradix_torch.triton import attention, prefix
 from polyradix_torch.triton.attention import Paged, Plan
 from polyradix_torch.triton.capture import splits_for
+from polyradix_torch.triton.rows import write
 from polyradix_torch.triton.upload import upload
 
 LLAMA = Heads(32, 8, 128)
@@ -43,6 +45,11 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     dtype: torch.dtype = torch.bfloat16
+    eight: bool = False  # the cache is float8
+
+    @property
+    def held(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.eight else self.dtype
 
     @property
     def spec(self) -> AttnSpec:
@@ -52,7 +59,7 @@ class Case:
     def kv_bytes(self) -> int:
         """Each key once."""
         tokens = sum(map(sum, self.seqs)) - (len(self.seqs) - self.groups) * self.common * (self.groups > 0)
-        return tokens * 2 * self.heads.kv * self.heads.dim * self.dtype.itemsize
+        return tokens * 2 * self.heads.kv * self.heads.dim * self.held.itemsize
 
     @property
     def flops(self) -> int:
@@ -74,6 +81,10 @@ def kinds(seqs: tuple[tuple[int, int], ...], common: int = 0) -> tuple[Case, ...
         Case("G7 page 128", seqs, heads=Heads(28, 4, 128), page=128, **sharing),
         Case("D80", seqs, heads=Heads(8, 2, 80), **sharing),
         Case("float32", seqs, heads=Heads(8, 2, 128), dtype=torch.float32, **sharing),
+        Case("float8", seqs, eight=True, **sharing),
+        Case("float8 D64 G8 window 200", seqs, heads=Heads(16, 2, 64), page=32, window=200, eight=True, **sharing),
+        Case("float8 D256 G2 page 1", seqs, heads=Heads(8, 4, 256), page=1, eight=True, **sharing),
+        Case("float8 of float32", seqs, heads=Heads(8, 2, 128), dtype=torch.float32, eight=True, **sharing),
     )
 
 
@@ -96,6 +107,8 @@ SHARED = (
     Case("shared 1 x 16 x (576 + 96)", ((671, 1),) * 16, 1, 576),
     Case("shared 1 x 5 x (2048 + 96)", ((2143, 1),) * 5, 1, 2048),
 )
+EIGHTS = tuple(replace(case, name=f"{case.name} float8", eight=True) for case in (*PREFILLS, *DECODES))
+MEASURED = *PREFILLS, *DECODES, *EIGHTS, *SHARED
 PROCESSORS = 132
 
 
@@ -120,17 +133,28 @@ class Try:
 def usual(case: Case) -> Iterator[Try]:
     """As serving launches it."""
     q: Any = torch.empty(1, 1, case.heads.dim, dtype=case.dtype, device="cuda")
-    prefill = attention.prefill_plan(q)
+    prefill = attention.prefill_plan(q, case.eight)
     if any(new > 1 for _, new in case.seqs):
         yield Try(prefill)
     if any(new == 1 for _, new in case.seqs):
-        yield Try(attention.decode_plan(q, splits_of(case)), prefill if case.groups else None)
+        yield Try(attention.decode_plan(q, splits_of(case), case.eight), prefill if case.groups else None)
+
+
+def ways_of(case: Case) -> Iterator[Try]:
+    """To be timed; the first is as serving has it."""
+    if case.groups:
+        yield from tiles(case)
+        return
+    yield from usual(case)
+    if case.eight and case.seqs[0][1] == 1:
+        for keys, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)):
+            yield from (Try(Plan(keys, warps, stages)) for stages in (2, 3))
 
 
 def tiles(case: Case) -> Iterator[Try]:
     """Ways to read shared keys; the first does not know of them."""
     q: Any = torch.empty(1, 1, case.heads.dim, dtype=case.dtype, device="cuda")
-    plan = attention.decode_plan(q, splits_of(case))
+    plan = attention.decode_plan(q, splits_of(case), case.eight)
     yield Try(plan)
     for rows, keys, warps, stages in (
         (64, 64, 4, 3),
@@ -186,21 +210,29 @@ def data_of(case: Case, layers: int, fill: bool) -> Data:
     make = torch.randn if fill else torch.empty
     qkv: Any = make(batch.num_tokens, heads.q + 2 * heads.kv, heads.dim, device="cuda", dtype=case.dtype)
     shape = total_pages(case), case.page, heads.kv, heads.dim
-    caches = [tuple(make(shape, device="cuda", dtype=case.dtype) for _ in range(2)) for _ in range(layers)]
+    wide = [[make(shape, device="cuda", dtype=case.dtype) for _ in range(2)] for _ in range(layers)]
+    caches = [(k.to(case.held), v.to(case.held)) for k, v in wide]
+    del wide
     q, k, v = qkv.split([heads.q, heads.kv, heads.kv], dim=1)
-    slots = torch.from_numpy(batch.slots).cuda().long()
+    slots = torch.from_numpy(batch.slots).cuda()
     for pair in caches if fill else ():
-        for x, rows in zip(pair, (k, v), strict=True):
-            x.flatten(0, 1)[slots] = rows
+        held = write(k, v, pair, slots)
+    if fill:
+        k, v = held
     return Data(q, k, v, caches, batch)
 
 
 def paged(case: Case, batch: HostBatch, way: Try) -> Paged:
     attention.MEMBERS, prefix.MEMBERS, prefix.ITEMS = way.members, way.members, way.items
-    at = upload(batch, case.page, way.plan.rows or 64, splits_of(case), torch.device("cuda"))[0].paged
+    at = upload(batch, case.page, tile_rows(case, way), splits_of(case), torch.device("cuda"))[0].paged
     if way.tile and not at.shared:
         raise ValueError("nothing is shared")
     return at if way.tile else replace(at, shared=None)
+
+
+def tile_rows(case: Case, way: Try) -> int:
+    """A float8 cache's tiles are cut for float32."""
+    return attention.tile_rows(case.heads.dim, 1) if case.eight else way.plan.rows or 64
 
 
 def launch(case: Case, x: Data, way: Try) -> Callable[[], torch.Tensor]:
@@ -208,7 +240,8 @@ def launch(case: Case, x: Data, way: Try) -> Callable[[], torch.Tensor]:
     out, at = torch.zeros_like(x.q, memory_format=torch.contiguous_format), paged(case, x.batch, way)
 
     def run() -> torch.Tensor:
-        for kv in x.caches:
+        for pair in x.caches:
+            kv = attention.readable(pair[0]), attention.readable(pair[1])
             if way.plan.rows:
                 attention.launch_prefill(x.q, x.k, x.v, kv, out, at, case.spec, way.plan)
             else:
@@ -229,7 +262,7 @@ def expected(case: Case, x: Data) -> torch.Tensor:
     group, b = case.heads.q // case.heads.kv, x.batch
     for s in range(b.num_seqs):
         rows, slots = slice(int(b.cu_q[s]), int(b.cu_q[s + 1])), slots_of(case, b, s)
-        k, v = (c.flatten(0, 1)[slots].double().repeat_interleave(group, 1) for c in x.caches[0])
+        k, v = (c.to(case.dtype).flatten(0, 1)[slots].double().repeat_interleave(group, 1) for c in x.caches[0])
         score = torch.einsum("thd,khd->htk", x.q[rows].double(), k) * case.spec.scale
         if case.softcap:
             score = case.softcap * torch.tanh(score / case.softcap)
@@ -243,9 +276,9 @@ def expected(case: Case, x: Data) -> torch.Tensor:
 def poison(case: Case, x: Data) -> None:
     """What no sequence owns is NaN, the rest of a last page too."""
     mine = torch.cat([slots_of(case, x.batch, s) for s in range(x.batch.num_seqs)])
-    for c in x.caches[0]:
+    for c in map(movable, x.caches[0]):
         kept = c.flatten(0, 1)[mine]
-        c.fill_(torch.nan)
+        c.fill_(0x7F if case.eight else torch.nan)
         c.flatten(0, 1)[mine] = kept
 
 
@@ -284,9 +317,13 @@ def launched(case: Case, x: Data, way: Try) -> torch.Tensor:
     return launch(case, x, way)()
 
 
-def check() -> None:
+def named(cases: tuple[Case, ...], only: str) -> Iterator[Case]:
+    return (case for case in cases if only in case.name)
+
+
+def check(only: str) -> None:
     bad = count = 0
-    for case in CHECKS:
+    for case in named(CHECKS, only):
         x, want = prepared(case)
         ways = list(usual(case))
         if case.name == "plain" and case.groups:
@@ -320,11 +357,11 @@ def seconds(run: Callable[[], Any]) -> float:
     return min(times[1:])
 
 
-def measure() -> None:
-    for case in (*PREFILLS, *DECODES, *SHARED):
+def measure(only: str) -> None:
+    for case in named(MEASURED, only):
         x = data_of(case, max(1, min(32, -(-CACHED // case.kv_bytes))), True)
         found = []
-        for way in tiles(case) if case.groups else usual(case):
+        for way in ways_of(case):
             took = tried(f"{case.name}: {way}", partial(timed, case, x, way))
             if took is not None:
                 took /= len(x.caches)
@@ -361,10 +398,10 @@ def compiling() -> Any:
     return lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
 
 
-def build(workers: int) -> None:
+def build(workers: int, only: str) -> None:
     start = time.perf_counter()
-    ways = [(case, way) for case in (*CHECKS, *PREFILLS, *DECODES) for way in usual(case)]
-    ways += [(case, way) for case in SHARED for way in tiles(case) if way.items == prefix.ITEMS]
+    ways = [(case, way) for case in named(CHECKS, only) for way in usual(case)]
+    ways += [(case, way) for case in named(MEASURED, only) for way in ways_of(case) if way.items == prefix.ITEMS]
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=8) as pool:
         for problem in pool.imap_unordered(compile_one, ways):
             if problem:
@@ -375,9 +412,11 @@ def build(workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=16)
-    build(parser.parse_args().workers)
+    parser.add_argument("--only", default="", help="cases with this in their name")
+    args = parser.parse_args()
+    build(args.workers, args.only)
     for part in (check, measure):
-        process = multiprocessing.get_context("spawn").Process(target=part)
+        process = multiprocessing.get_context("spawn").Process(target=part, args=(args.only,))
         process.start()
         process.join()
         if process.exitcode:
