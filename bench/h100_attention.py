@@ -1,5 +1,5 @@
-"""Attention kernels on one GPU: checked against float64, then timed on the shapes that serving meets: prefill and decode
-as they are, decode over float8 by other plans too, shared keys by several plans, after decode that does not know of them.
+"""Attention kernels on one GPU: checked against float64, then timed on the shapes that serving meets: prefill and
+decode as they are, decode over float8 by other plans too, shared keys by several, after decode that knows none.
 
     python bench/h100_attention.py [--workers 16] [--only float8]
 
