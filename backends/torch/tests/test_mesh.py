@@ -107,8 +107,7 @@ def test_errors(batch_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LEADER = """
-import gc, sys
-from mesh_engine import served
+import sys
 from plain_backend import plain
 from polyradix_torch.mesh import Mesh, gloo
 

@@ -80,6 +80,7 @@ class Followers:
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._rank: Rank | None = None
+        self._aborting: threading.Thread | None = None
         self._dropped: deque[int] = deque()
         self._ended, self._end = Pipe(duplex=False)
         self._all = [Follower(rank) for rank in range(1, tp)]
@@ -139,9 +140,13 @@ class Followers:
         self._end.close()
         if threading.current_thread() is not self._thread and self._thread.is_alive():
             self._thread.join()
-        self._abort()
+        if self._rank is not None:
+            self._rank.forget()
+            self._abort()
         for each in self._all:
             each.end()
+        if self._aborting is not None:
+            self._aborting.join(LEAVE)
         self._folder.cleanup()
 
     def _post(self, call: Call, args: Sequence[tuple[Any, ...]] | None = None) -> int:
@@ -250,9 +255,17 @@ class Followers:
         self._abort()
 
     def _abort(self) -> None:
-        if self._rank is not None:
+        """Once, and by a thread of its own: who waits for a collective must hear of its end, not wait for all of it."""
+        rank = self._rank
+        if rank is None or self._aborting is not None:
+            return
+
+        def abort() -> None:
             with suppress(Exception):
-                self._rank.collectives.group.abort()
+                rank.abort()
+
+        self._aborting = threading.Thread(target=abort, name="polyradix-abort", daemon=True)
+        self._aborting.start()
 
 
 def _number(held: Held | None) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -107,7 +108,7 @@ class Taught:
     def __init__(self, backend: TorchBackend, collectives: TorchCollectives, limits: Limits) -> None:
         self.program: Program | None = None
         self._collectives = collectives
-        self.run: Compiled = backend.compile(self._step, limits)
+        self.run: Compiled | None = backend.compile(self._step, limits)
 
     def _step(self, ops: Ops, params: Params, kv: KV, m: Meta) -> tuple[Array, KV]:
         assert self.program is not None
@@ -120,6 +121,7 @@ class Rank:
     def __init__(self, backend: TorchBackend, group: Any, rank: int, tp: int, window: Window | None = None) -> None:
         self.backend, self.rank, self.tp, self._window = backend, rank, tp, window
         self.collectives = TorchCollectives(group, rank, tp, backend.device)
+        self._steps = WeakSet[Taught]()
         backend.ops = RankOps(backend.ops, self.collectives)
 
     def meet(self) -> None:
@@ -167,12 +169,15 @@ class Rank:
         return self.backend.prepare(batch, prev)
 
     def compile(self, limits: Limits) -> Taught:
-        return Taught(self.backend, self.collectives, limits)
+        step = Taught(self.backend, self.collectives, limits)
+        self._steps.add(step)
+        return step
 
     def teach(self, step: Taught, program: Program) -> None:
         step.program = program
 
     def run(self, step: Taught, params: Params, kv: KV, meta: Meta) -> Array:
+        assert step.run is not None, "the mesh has ended"
         return step.run(params, kv, meta)[0]
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> None:
@@ -186,3 +191,12 @@ class Rank:
 
     def calls(self) -> int:
         return self.collectives.calls
+
+    def forget(self) -> None:
+        """Steps, with their graphs."""
+        for step in list(self._steps):
+            step.run = None
+
+    def abort(self) -> None:
+        """Ends collectives under way. NCCL ends them at once, and returns when no graph has any in it."""
+        self.collectives.group.abort()
