@@ -68,8 +68,9 @@ def shard(spec: ParamSpec, value: HostArray, rank: int, tp: int, part: ParamPart
             segments = tuple(n // local.block[0] for n in segments)
     if spec.shard_axis == 1:
         return np.split(value, tp, axis=1)[rank]
-    pieces = np.split(value, np.cumsum(segments)[:-1]) if segments else [value]
-    return np.concatenate([np.split(piece, tp)[rank] for piece in pieces])
+    pieces = np.split(value, np.cumsum(segments)[:-1]) if len(segments) > 1 else [value]
+    mine = [np.split(piece, tp)[rank] for piece in pieces]
+    return mine[0] if len(mine) == 1 else np.concatenate(mine)
 
 
 def _finer(spec: ParamSpec, tp: int) -> Quant | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ def gloo(store: dist.Store, rank: int, size: int) -> Any:
 
 
 def nccl(store: dist.Store, rank: int, size: int) -> Any:
-    """Between GPUs; on AMD's this is RCCL."""
+    """Between GPUs; on AMD's this is RCCL. Errors are the mesh's to see to: torch would end the process."""
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     made: Any = dist.ProcessGroupNCCL
     return made(store, rank, size, made.Options())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -62,20 +63,18 @@ def main(connection_fd: int, window_fd: int, number: int) -> None:
     """Of a process that rank 0 started with these open files."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 gets it too, and decides
     connection, window = Connection(connection_fd), Window(window_fd)
+    inbox: SimpleQueue[bytes] = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     try:
-        place: Place = connection.recv()
+        place: Place = pickle.loads(inbox.get())
         made = place.make(number)
         connection.send(None)
-        connection.recv()
+        inbox.get()
         rank = place.rank(number, made, window)
         connection.send(None)
-    except EOFError:
-        return
     except Exception as error:
         connection.send(Raised.of(0, error))
         return
-    inbox: SimpleQueue[bytes] = SimpleQueue()
-    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
     held: dict[int, Any] = {}
     while True:
         _do(rank, inbox.get(), held, connection)

@@ -118,6 +118,9 @@ class Followers:
         except Exception as error:
             self._settle(error)
             raise
+        except BaseException:  # nobody knows how far it came
+            self._lose("rank 0 was interrupted")
+            raise
         self._passed = number
         return result
 
