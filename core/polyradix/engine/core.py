@@ -31,6 +31,7 @@ from polyradix.grammar.compiler import LlgCompiler
 from polyradix.graph.checkpoint import Checkpoint, load_params, open_checkpoint
 from polyradix.graph.dense import make_step
 from polyradix.graph.spec import ModelSpec
+from polyradix.schedule import jump
 from polyradix.schedule.params import InvalidParam, SamplingParams
 from polyradix.schedule.plan import Output, Plan
 from polyradix.schedule.request import Request
@@ -236,6 +237,10 @@ class EngineCore:
         chunks = self._limits.ended() + self._gate.admit(self.scheduler)
         if self._forward.has_work:  # before new requests take the pages
             chunks += self._read()
+        while self._flights and jump.expected(self._flights[-1].plan):
+            wait, more = self._harvest()
+            waited += wait
+            chunks += more
         plan = self.scheduler.plan()
         if plan is not None:
             try:

@@ -40,6 +40,7 @@ class Request:
         self.timeout: float | None = None  # seconds, and when it ends on the engine's clock; the scheduler has none
         self.deadline = math.inf
         self.jumps = False  # tokens that the matcher forces are not sampled; set before the request is added
+        self.jumped = False  # tokens were forced after the newest one
         self.ahead: list[int] = []  # forced before the first sample, and not given out yet
         self.cached_tokens = 0  # of the prompt, found in the cache at first admission
 

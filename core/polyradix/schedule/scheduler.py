@@ -423,6 +423,7 @@ class Scheduler:
         known = len(req.prompt) + len(req.outputs)
         in_flight = int(self._table.computed[req.slot]) - known + 1
         tokens = forced(req, req.limit - known)
+        req.jumped = bool(tokens)
         if in_flight > 1 or len(tokens) <= in_flight:
             return
         want = -(-(known + len(tokens)) // self.config.page_size) - len(req.pages)

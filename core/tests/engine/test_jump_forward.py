@@ -106,6 +106,45 @@ def test_outputs_are_equal_in_fewer_steps(folder: Path, temperature: float) -> N
     assert jumping < jumping_overlapped < min(plain, plain_overlapped)
 
 
+CHOICES = {
+    "type": "object",
+    "properties": {name: {"type": "boolean"} for name in ("is_capital", "continent", "population", "name")},
+    "required": ["is_capital", "continent", "population", "name"],
+    "additionalProperties": False,
+}
+
+
+def test_a_step_waits_where_most_rows_are_about_to_jump(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step made before would compute one token of theirs; where they are few, nobody waits for them."""
+
+    def run(free: int) -> tuple[dict[str, list[int]], int, int]:
+        engine = _engine(folder, True, True)
+        engine.generate("x", grammar=_spec(CHOICES), max_tokens=1)  # compiles it
+        core, known = engine.core, list[bool]()
+        prepare = core.backend.prepare
+        core.backend.prepare = lambda b, prev=None: known.append(b.from_prev.max() < 0) or prepare(b, prev)
+        spec = GrammarSpec(kind="json_schema", source=json.dumps(CHOICES))
+        for i in range(3):
+            core.submit(f"g{i}", np.arange(5, dtype=np.int32), SamplingParams(max_tokens=90, seed=i, grammar=spec))
+        for i in range(free):
+            params = SamplingParams(max_tokens=40, seed=i, ignore_eos=True)
+            core.submit(f"f{i}", np.arange(9, dtype=np.int32) + i, params)
+        out: dict[str, list[int]] = {}
+        while core.has_work:
+            for chunk in core.step():
+                out.setdefault(chunk.rid, []).extend(chunk.tokens)
+        return out, len(known), int(sum(known))
+
+    tokens, steps, waits = run(0)
+    mixed = run(4)
+    monkeypatch.setattr("polyradix.schedule.jump.expected", lambda plan: False)
+    hasty = run(0)
+    assert tokens == hasty[0]
+    assert steps <= hasty[1] - 2
+    assert waits > hasty[2]
+    assert mixed == run(4)
+
+
 def test_jumps_may_be_rows_of_one_token(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where steps of such rows are captured: the same tokens, and no chunk that fits into rows is left."""
     plain, jumping = _engine(folder, False, True), _engine(folder, True, True, max_seqs=24)
