@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from polyradix.backend.capabilities import FEATURES, QUANTS
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, QUANTS
 from polyradix.backend.protocol import Backend
 from polyradix_torch.errors import all_told
 from polyradix_torch.gpu import GpuBackend, on_gpus, use_gpu
@@ -18,7 +18,7 @@ OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 @all_told(torch.cuda)
 class CudaBackend(GpuBackend):
     def __init__(self, index: int, capture: bool) -> None:
-        super().__init__("cuda", FEATURES | QUANTS | {"kv_fp8"}, TritonOps(), index, capture)
+        super().__init__("cuda", FEATURES | QUANTS | {"kv_fp8", KV_GROUPS}, TritonOps(), index, capture)
 
 
 def create(capture: bool, index: int, tp: int) -> Backend:

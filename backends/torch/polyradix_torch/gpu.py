@@ -59,7 +59,7 @@ class TritonBackend(TorchBackend):
     """Eager TritonOps on one device: the GPU, or a CPU with Triton's interpreter."""
 
     splits = 4  # parts that an eager decode cuts keys into
-    _page, _rows, _latent = 16, 64, False  # of the cache made last: page size, rows of a prefill's tile, its kind
+    _page, _rows, _latent, _groups = 16, 64, False, 1  # of the cache made last; rows are those of a prefill's tile
     wide = frozenset({"norm"})
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
@@ -78,6 +78,7 @@ class TritonBackend(TorchBackend):
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         kv, size = super().alloc_kv(spec, pages), kv_dtype(spec.dtype).itemsize
         self._page, self._latent = spec.page_size, spec.kind == "latent"
+        self._groups = max(1, len(spec.groups))
         self._rows = latent.tile_rows(size) if self._latent else attention.tile_rows(spec.head_dim, size)
         return kv
 
@@ -134,9 +135,9 @@ class GpuBackend(TritonBackend):
         if not self._capture or limits is None or not batch.num_tokens == batch.num_seqs <= limits.max_seqs:
             return super().prepare(batch, prev)
         batch.check_prev(prev)
-        kind, s = (limits.max_seqs, self._page, self._latent), self._static
-        if s is None or (s.most, s.page, s.latent) != kind:
-            self._static = s = StaticBatch(limits, self._page, self._device, self._latent)
+        kind, s = (limits.max_seqs, self._page, self._latent, self._groups), self._static
+        if s is None or (s.most, s.page, s.latent, s.groups) != kind:
+            self._static = s = StaticBatch(limits, self._page, self._device, self._latent, self._groups)
         s.load(batch)
         if prev is not None:
             tokens, source = (s.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))

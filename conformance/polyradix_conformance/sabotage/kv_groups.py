@@ -8,7 +8,7 @@ from polyradix.backend.batch import HostBatch
 from polyradix.backend.layered import LayerKV, each_array
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.backend.numpy.ops import NumpyMeta, NumpyOps
-from polyradix.backend.protocol import KV, Array, AttnSpec, KVSpec
+from polyradix.backend.protocol import KV, Array, AttnSpec
 from polyradix_conformance.sabotage import sabotage
 
 
@@ -32,12 +32,13 @@ class GroupsShareSlots(NumpyBackend):
 
 
 @sabotage("L1/kv_groups/chunked")
-class GroupsShareAnArray(NumpyBackend):
-    """Two layers of one group have one array."""
+class GroupsShareAnArray(NumpyOps):
+    """The layers of a cache in groups have one array."""
 
-    def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
-        kv = super().alloc_kv(spec, pages)
-        return [LayerKV(kv[0], kv[2].group) if i == 2 else x for i, x in enumerate(kv)] if spec.groups else kv
+    def layers(self, bodies: Any, params: Any, carry: Any, kv: Any) -> Any:
+        grouped = any(layer.group for layer in kv)
+        one = [LayerKV(kv[0], layer.group) if grouped else layer for layer in kv]
+        return super().layers(bodies, params, carry, one)[0], kv
 
 
 @sabotage("L1/kv_groups/decode")

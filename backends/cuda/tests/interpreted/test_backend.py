@@ -34,6 +34,7 @@ CAPTURED = (  # with decodes of 1, 2, 3, 5 and 64 sequences
     "L1/attend_latent/decode/normal/bfloat16",
     "L1/gated/normal/bfloat16",
     "L1/kv_fp8/decode/bfloat16",
+    "L1/kv_groups/decode/bfloat16",
     "L1/sample/grid/float32",
     "L1/sample/mask/bfloat16",
     "L1/logprobs/float32",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from polyradix.backend.batch import HostBatch
+from polyradix.backend.batch import HostBatch, Table
 from polyradix.backend.protocol import AttnSpec, Heads, Limits
 from polyradix_conformance.inputs import Part, Ragged
 from polyradix_torch.triton import latent
@@ -99,6 +100,31 @@ def test_static_batch_has_room_for_the_largest() -> None:
     static = StaticBatch(limits, PAGE, CPU)
     static.load(ragged.batch([Part(s, 22, 23) for s in range(3)]))
     assert static.meta(3, 1).paged.pages[-2:].tolist() == [int(ragged.pages[2][-1]), 0]
+
+
+def grouped(batch: HostBatch) -> HostBatch:
+    """With a second group, whose first page of every sequence but those of one page is given back."""
+    pages = np.where(batch.pages > 0, batch.pages + RAGGED.num_pages, 0)
+    pages[batch.kv_len > PAGE, 0] = 0
+    return replace(batch, others=(Table(batch.slots + RAGGED.num_pages * PAGE, pages.astype(np.int32)),))
+
+
+@pytest.mark.parametrize("parts", [MIXED, DECODE, DECODE[3:]])
+def test_each_group_has_its_slots_and_pages(parts: list[Part]) -> None:
+    batch = grouped(RAGGED.batch(parts))
+    metas = [upload(batch, PAGE, 8, 2, CPU)[0]]
+    if parts is not MIXED:
+        static = StaticBatch(Limits(64, 8, 24), PAGE, CPU, groups=2)
+        static.load(batch)
+        metas.append(static.meta(8, 2))
+    for meta in metas:
+        for mine, host in zip((meta, *meta.others), batch.by_group, strict=True):
+            assert mine.slots[: len(host.slots)].tolist() == host.slots.tolist()
+            for start, pages in zip(mine.paged.page_start.tolist(), page_list(host), strict=False):
+                assert mine.paged.pages[start : start + len(pages)].tolist() == pages
+            for at in mine.paged.page_start[batch.num_seqs :].tolist():
+                assert int(mine.paged.pages[at]) == 0
+            assert not mine.slots[batch.num_tokens :].any()
 
 
 @pytest.mark.usefixtures("exact")

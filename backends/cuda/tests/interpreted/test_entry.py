@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from polyradix.backend.capabilities import FEATURES, QUANTS, Unsupported
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, QUANTS, Unsupported
 from polyradix.backend.protocol import KVSpec
 from polyradix.backend.registry import DeviceUnavailable, check_drift, open_backend
 from polyradix.engine.config import EngineConfig
@@ -107,7 +107,7 @@ def test_capabilities(make) -> None:
     backend = make(capture=False)
     check_drift("cuda", backend)
     assert (backend.caps.name, backend.caps.device) == ("cuda", "Fake GPU")
-    assert backend.caps.features == FEATURES | QUANTS
+    assert backend.caps.features == FEATURES | QUANTS | {KV_GROUPS}
     assert "eager" in backend.caps.notes[0]
     assert "captured" in make().caps.notes[0]
     for spec, why in (

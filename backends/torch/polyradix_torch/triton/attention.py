@@ -275,15 +275,19 @@ def launch_decode(
 
 @triton.jit
 def _blocks(
-    acc, total, top, query, keys, values, mine, scale, cap, window, begin, end, position, h, HK, n,
+    acc, total, top, query, keys, values, mine, scale, cap, window, begin, end, position, h, HK, least, n,
     D: tl.constexpr, DP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
     CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys at positions begin to end, out of the pages; MASKED where not every row sees them all."""
+    """Keys at positions begin to end, out of the pages; MASKED where not every row sees them all, and none those before
+    `least`, which may be NaN."""
     unit = _unit(scale, CAP)
     for block in range(begin, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
-        k, v = _read(keys, values, mine, at, at < n, h, HK, query.dtype, D, DP, PAGE)
+        known = at < n
+        if MASKED:
+            known &= at >= least
+        k, v = _read(keys, values, mine, at, known, h, HK, query.dtype, D, DP, PAGE)
         score = _scores(query, k, scale, cap, CAP, PRECISION)
         if MASKED:
             seen = (at[None, :] <= position[:, None]) & (at[None, :] > position[:, None] - window)
@@ -318,7 +322,7 @@ def _prefix(
     acc = tl.zeros((MEMBERS * PACK, DP), tl.float32)
     acc, total, top = _blocks(
         acc, total, top, query, keys, values, pages + tl.load(page_start + tl.load(single + tl.load(mine))), scale,
-        cap, 0, begin, end, r, h, HK, end, D, DP, PAGE, BLOCK, False, CAP, PRECISION,
+        cap, 0, begin, end, r, h, HK, 0, end, D, DP, PAGE, BLOCK, False, CAP, PRECISION,
     )  # fmt: skip
     _put(part, lse, ((row * HK + h) * G + g) * SLOTS + SPLITS + tl.load(item + 4), acc, total, top, rows, D, DP)
 
@@ -379,20 +383,21 @@ def _prefill(
     acc = tl.zeros((TILE, DP), tl.float32)
     low = n - count + first  # the first row's position
     end = tl.minimum(low + TOKENS, n)
-    begin = tl.maximum(low - window + 1, 0) // BLOCK * BLOCK
+    least = low - window + 1
+    begin = tl.maximum(least, 0) // BLOCK * BLOCK
     whole = tl.maximum((low + 1) // BLOCK * BLOCK, begin)  # blocks before it are seen by every row
     inner = begin
     if WINDOW:
         inner = tl.minimum(tl.maximum(tl.cdiv(low + TOKENS - window, BLOCK) * BLOCK, begin), whole)
         acc, total, top = _blocks(
-            acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, n,
+            acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, least, n,
             D, DP, PAGE, BLOCK, True, CAP, PRECISION,
         )  # fmt: skip
     middle = whole
     if DENSE:
         middle = tl.minimum(tl.maximum(tl.cdiv(n - count, BLOCK) * BLOCK, inner), whole)
     acc, total, top = _blocks(
-        acc, total, top, query, keys, values, mine, scale, cap, window, inner, middle, position, h, HK, n,
+        acc, total, top, query, keys, values, mine, scale, cap, window, inner, middle, position, h, HK, least, n,
         D, DP, PAGE, BLOCK, False, CAP, PRECISION,
     )  # fmt: skip
     if DENSE:
@@ -401,7 +406,7 @@ def _prefill(
             acc, total, top, query, k, v, scale, cap, middle + shift, whole + shift, h * D, BLOCK, CAP, PRECISION,
         )  # fmt: skip
     acc, total, top = _blocks(
-        acc, total, top, query, keys, values, mine, scale, cap, window, whole, end, position, h, HK, n,
+        acc, total, top, query, keys, values, mine, scale, cap, window, whole, end, position, h, HK, least, n,
         D, DP, PAGE, BLOCK, True, CAP, PRECISION,
     )  # fmt: skip
     result = (acc / total[:, None]).to(out.dtype.element_ty)

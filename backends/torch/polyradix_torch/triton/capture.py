@@ -7,6 +7,7 @@ Rows beyond the sequences of a batch decode position 0 of scratch page 0.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,46 +35,56 @@ def splits_for(programs: int, processors: int) -> int:
 
 
 class StaticBatch:
-    """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, then the pages of `page` tokens."""
+    """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, slots and page_start of the groups after
+    the first, then the pages of `page` tokens of all groups."""
 
-    def __init__(self, limits: Limits, page: int, device: torch.device, latent: bool = False) -> None:
+    def __init__(self, limits: Limits, page: int, device: torch.device, latent: bool = False, groups: int = 1) -> None:
         self.most, self.page, self.device, self.latent = limits.max_seqs, page, device, latent
-        self.context = limits.max_context
-        most, room = self.most, self.most * -(-limits.max_context // page) + 1
-        self.buffer = torch.zeros(len(FIELDS) * most + room, dtype=torch.int32, device=device)
-        self.fields = dict(zip(FIELDS, self.buffer[: len(FIELDS) * most].view(len(FIELDS), most), strict=True))
+        self.context, self.groups = limits.max_context, groups
+        most, room = self.most, groups * self.most * -(-limits.max_context // page) + 1
+        self.lines = len(FIELDS) + 2 * (groups - 1)
+        self.buffer = torch.zeros(self.lines * most + room, dtype=torch.int32, device=device)
+        lines = self.buffer[: self.lines * most].view(self.lines, most)
+        self.fields = dict(zip(FIELDS, lines, strict=False))
+        self.others = lines[len(FIELDS) :].view(groups - 1, 2, most)
         self.rows = torch.arange(most + 1, dtype=torch.int32, device=device)
         self.sizes = sizes(most)
         self.shared = False  # whether the batch in here has keys to share, by the plan in here
-        self.plan = torch.zeros(3 * most + 5 * prefix.most_items(most), dtype=torch.int32, device=device)
+        self.plan = torch.zeros(groups, 3 * most + 5 * prefix.most_items(most), dtype=torch.int32, device=device)
 
     def load(self, batch: HostBatch) -> None:
         """One copy, two with a plan. Padding rows have one key, on page 0, which ends the list of pages."""
-        flat, starts = flat_pages(batch, self.page)
-        n = batch.num_seqs
-        rows = np.zeros((len(FIELDS), self.most), np.int32)
-        rows[3], rows[4], rows[5] = -1, 1, len(flat)
-        given = (batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.kv_len, starts)
+        n, tables = batch.num_seqs, batch.by_group
+        pages, (starts, *_) = zip(*(flat_pages(table, self.page) for table in tables), strict=True)
+        given = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.kv_len, starts]
+        for i, table in enumerate(tables[1:], 1):
+            given += [table.slots, starts + np.int32(i * len(pages[0]))]
+        rows = np.zeros((self.lines, self.most), np.int32)
+        rows[3], rows[4], rows[5::2] = -1, 1, len(tables) * len(pages[0])
         for row, values in zip(rows, given, strict=True):
             row[:n] = values
-        host = pinned([rows, flat, np.zeros(1, np.int32)], self.device)
+        host = pinned([rows, *pages, np.zeros(1, np.int32)], self.device)
         self.buffer[: len(host)].copy_(host, non_blocking=True)
-        plan = None if self.latent else prefix.plan(batch, np.arange(n, dtype=np.int32), self.page, self.most)
-        self.shared = plan is not None
-        if plan is not None:
-            self.plan.copy_(pinned([plan], self.device), non_blocking=True)
+        single = np.arange(n, dtype=np.int32)
+        plans = [None if self.latent else prefix.plan(table, single, self.page, self.most) for table in tables]
+        self.shared = any(plan is not None for plan in plans)
+        if self.shared:
+            none = np.zeros(self.plan.shape[1], np.int32)
+            each = [none if plan is None else plan for plan in plans]
+            self.plan.view(-1).copy_(pinned(each, self.device), non_blocking=True)
 
     def meta(self, count: int, splits: int, shared: bool = False) -> GpuMeta:
-        """The first `count` rows as a batch, with its plan or without."""
+        """The first `count` rows as a batch, with its plans or without."""
         f = {name: x[:count] for name, x in self.fields.items()}
-        rows, pages = self.rows[:count], self.buffer[len(FIELDS) * self.most :]
-        none = rows[:0]
-        plan = prefix.view(self.plan, self.most, count) if shared else None
-        paged = Paged(self.rows[: count + 1], f["kv_len"], f["page_start"], pages, rows, splits, none.view(0, 2), plan)
-        return GpuMeta(
-            f["tokens"], f["positions"], f["slots"], rows.long(), paged, Rows(rows, none.view(0, 3), none, none),
-            self.context,
-        )  # fmt: skip
+        rows, pages = self.rows[:count], self.buffer[self.lines * self.most :]
+        none, last = rows[:0], rows.long()
+        plans = [prefix.view(plan, self.most, count) if shared else None for plan in self.plan]
+        metas = []
+        for plan, (slots, start) in zip(plans, [(f["slots"], f["page_start"]), *self.others[..., :count]], strict=True):
+            paged = Paged(self.rows[: count + 1], f["kv_len"], start, pages, rows, splits, none.view(0, 2), plan)
+            which = Rows(rows, none.view(0, 3), none, none)
+            metas.append(GpuMeta(f["tokens"], f["positions"], slots, last, paged, which, self.context))
+        return replace(metas[0], others=tuple(metas[1:]))
 
 
 class Graphs:

@@ -29,10 +29,15 @@ class GpuMeta:
     paged: Paged
     latent: latent.Rows
     context: int  # no sequence has more tokens
+    others: tuple[GpuMeta, ...] = ()  # the same batch as the groups after the first see it
+
+    def of(self, kv: Any) -> GpuMeta:
+        """As the layer with this KV sees the batch."""
+        return self.others[kv.group - 1] if self.others and kv.group else self
 
 
 class TritonOps(Products):
-    """Ops. A layer's KV is a pair of tensors [pages, page_size, kv_heads, head_dim], changed in place, or one."""
+    """Ops. A layer's KV: a LayerKV of tensors [pages, page_size, kv_heads, head_dim], changed in place, or Indexed."""
 
     def embed(self, w: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return F.embedding(m.tokens, w)
@@ -51,6 +56,7 @@ class TritonOps(Products):
         return rows.rope(q, k, table, m.positions)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: GpuMeta, a: AttnSpec) -> Any:
+        m = m.of(kv)
         k, v = rows.write(k, v, kv, m.slots, held=len(m.paged.tiles) > 0)
         return attention.attend(q, k, v, kv, m.paged, a), kv
 

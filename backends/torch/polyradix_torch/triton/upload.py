@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -56,17 +58,21 @@ def upload(
 ) -> tuple[GpuMeta, torch.Tensor]:
     """The batch on the device with prefill tiles of `rows` query rows, and from_prev [T]. With `absorb`, latent
     attention may absorb: it has no tiles for short prefills, and no keys are read once for many sequences."""
-    pages, starts = flat_pages(batch, page)
     single = np.flatnonzero(np.diff(batch.cu_q) == 1).astype(np.int32)
-    shared = None if absorb else prefix.plan(batch, single, page, len(single))
     fields, keys, longest = latent_rows(batch, single) if absorb else ([single[:0]] * 4, 0, 0)
-    least = latent.FEW + 1 if absorb else 2
-    parts = [batch.tokens, batch.positions, batch.slots, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts]
-    parts += [pages, single, tiles(batch, rows, least), single[:0] if shared is None else shared, *fields]
+    starts = flat_pages(batch, page)[1]
+    parts = [batch.tokens, batch.positions, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts, single]
+    parts += [tiles(batch, rows, latent.FEW + 1 if absorb else 2), *fields]
+    tables, common = batch.by_group, []
+    for table in tables:
+        common.append(None if absorb else prefix.plan(table, single, page, len(single)))
+        parts += [table.slots, flat_pages(table, page)[0], single[:0] if common[-1] is None else common[-1]]
     whole = pinned(parts, device).to(device, non_blocking=True).split([p.size for p in parts])
-    tokens, positions, slots, source, last, cu_q, kv_len, start, flat, one, tile, plan, *rest = whole
-    view = None if shared is None else prefix.view(plan, len(one), len(one))
-    absorbed, few, wide, begin = rest
-    paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2), view)
+    tokens, positions, source, last, cu_q, kv_len, start, one, tile, absorbed, few, wide, begin, *each = whole
     which = latent.Rows(absorbed, few.view(-1, 3), wide, begin, keys, longest)
-    return GpuMeta(tokens, positions, slots, last, paged, which, int(batch.kv_len.max())), source
+    metas = []
+    for plan, slots, flat, shared in zip(common, each[::3], each[1::3], each[2::3], strict=True):
+        view = None if plan is None else prefix.view(shared, len(one), len(one))
+        paged = Paged(cu_q, kv_len, start, flat, one, splits, tile.view(-1, 2), view)
+        metas.append(GpuMeta(tokens, positions, slots, last, paged, which, int(batch.kv_len.max())))
+    return replace(metas[0], others=tuple(metas[1:])), source

@@ -6,7 +6,7 @@ import pytest
 import torch
 from exact_interpreter import install
 
-from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, QUANTS, Capabilities
 from polyradix.backend.protocol import Memory
 from polyradix_torch.gpu import TritonBackend
 from polyradix_torch.triton.ops import TritonOps
@@ -25,7 +25,7 @@ class Interpreted(TritonBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS | {"kv_fp8"},
+            features=FEATURES | QUANTS | {"kv_fp8", KV_GROUPS},
             max_tp=2,
         )
         super().__init__(caps, TritonOps(), "cpu")

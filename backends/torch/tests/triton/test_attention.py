@@ -11,7 +11,8 @@ import pytest
 import torch
 from interpreted_backend import CPU, Interpreted
 
-from polyradix.backend.batch import I32, HostBatch
+from polyradix.backend.batch import I32, HostBatch, Table
+from polyradix.backend.layered import LayerKV
 from polyradix.backend.protocol import AttnSpec, Heads, Limits
 from polyradix_conformance.cases import all_cases
 from polyradix_conformance.runner import run_case
@@ -162,6 +163,29 @@ def test_static_batch() -> None:
             q, k, v = (torch.cat([t, torch.randn(padding, *t.shape[1:])]) for t in (x.q, x.k, x.v))
             got, _ = TritonOps().attend(q, k, v, x.kv, static.meta(size, 2, static.shared), spec)
             close(got[: batch.num_seqs], expected(batch, x, spec, page))
+
+
+@pytest.mark.usefixtures("exact", "small")
+def test_groups_share_what_their_own_tables_share() -> None:
+    """The first group's sequences have pages of their own, with the same keys; the second's share theirs."""
+    page, heads = 4, Heads(4, 1, 16)
+    batch, spec = batch_of(((6, 48),), page), AttnSpec(heads, 0.25)
+    x, mine = layer(batch, heads, page, torch.float32), batch.pages > 0
+    for part, new in zip(x.kv, (x.k, x.v), strict=True):
+        part.flatten(0, 1)[batch.slots] = new
+    pages = np.zeros_like(batch.pages)
+    pages[mine] = len(x.kv[0]) + np.arange(mine.sum())
+    kv = tuple(torch.cat([part, part[batch.pages[mine]]]) for part in x.kv)
+    at = np.arange(batch.num_seqs), batch.positions // page
+    slots = pages[at] * page + batch.positions % page
+    both = replace(batch, pages=pages, slots=slots, others=(Table(batch.slots, batch.pages),))
+    static = StaticBatch(Limits(64, batch.num_seqs, 96), page, CPU, groups=2)
+    static.load(both)
+    assert [bool(plan.any()) for plan in static.plan] == [False, True]
+    for meta in (upload(both, page, 64, 2, CPU)[0], static.meta(batch.num_seqs, 2, static.shared)):
+        for group in (0, 1):
+            got, _ = TritonOps().attend(x.q, x.k, x.v, LayerKV(kv, group), meta, spec)
+            close(got, expected(batch, x, spec, page))
 
 
 def check_plan(batch: HostBatch, single: I32, page: int, room: int) -> bool:

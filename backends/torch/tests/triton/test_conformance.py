@@ -19,6 +19,7 @@ CHOSEN = (  # by subject; the interpreter is slow
     r"L1/attend/(mixed/(normal|window-7|softcap)|decode/(peaked|window-40)|dim-80)/",
     r"L1/attend/((heads-mqa|dim-256|page-128)/bfloat16|page-1/float32)",
     r"L1/attend/(decode/sinks|mixed/sinks-window-softcap)/bfloat16",
+    r"L1/kv_groups/chunked/bfloat16",
     r"L2/(copied|linked|exported_then_written)",
     r"L1/quant/(linear/(fp8-block|int4-group-32)/|(linear/bias/int4-group-64|linear_gated/fp8-channel)/bfloat16)",
     r"L1/quant/moe/fp8-block/bfloat16",
