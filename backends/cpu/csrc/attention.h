@@ -10,6 +10,7 @@
 #include "tiles.h"
 
 static constexpr int FEW = MAX_ROWS / 2, TILE = 4 * MAX_ROWS, BLOCK = 64, CHUNK = 16;
+alignas(64) static char given_back[CHUNK * 1024 * sizeof(float)];  // zeros: values where the table has page 0
 
 template <class T> struct Cache {  // one layer's pages, as one head sees them
     T* base;
@@ -95,21 +96,25 @@ template <class T> struct Attention {
     const Context& c;
     Cache<T> cache{(T*)o.p[3], o.n[1], o.n[2], o.n[6]};
     const float* sinks = (const float*)o.p[4];
-    const int64_t Hq = o.n[0], Hk = o.n[1], D = o.n[2], G = Hq / Hk, page = o.n[6], window = o.n[7];
+    const int64_t Hq = o.n[0], Hk = o.n[1], D = o.n[2], G = Hq / Hk, page = o.n[6], window = o.n[7], group = o.n[8];
 
     void write() const {
         int64_t from, to;
         c.share(c.h->T, from, to);
+        const int32_t* slots = c.h->slots + group * c.h->T;
         for (int64_t r = from; r < to; r++)
             for (int64_t h = 0; h < Hk; h++)
-                cache.write(c.h->slots[r], h, (const T*)o.p[1] + r * o.n[4] + h * D, (const T*)o.p[2] + r * o.n[5] + h * D);
+                cache.write(slots[r], h, (const T*)o.p[1] + r * o.n[4] + h * D, (const T*)o.p[2] + r * o.n[5] + h * D);
     }
 
-    // The places of the keys and values of a block, by chunks of 16; how many there are.
+    // The places of the keys and values of a block, by chunks of 16; how many there are. Keys given back are masked,
+    // but a weight of 0 would leave a NaN among their values as it is.
     int places(const int32_t* pages, int64_t h, int64_t k0, int64_t hi, const void** k, const void** v) const {
         int n = 0;
-        for (int64_t i = k0; i < k0 + BLOCK && i < hi; i += CHUNK, n++)
-            k[n] = cache.k_chunk(pages[i / page], h, i % page), v[n] = cache.v_chunk(pages[i / page], h, i % page);
+        for (int64_t i = k0; i < k0 + BLOCK && i < hi; i += CHUNK, n++) {
+            const int32_t p = pages[i / page];
+            k[n] = cache.k_chunk(p, h, i % page), v[n] = p ? cache.v_chunk(p, h, i % page) : (const T*)given_back;
+        }
         return n;
     }
 
@@ -263,7 +268,7 @@ template <class T> struct Attention {
     // Rows first.. of sequence s and kv head h.
     void tile(Tile<T>& t, int64_t s, int64_t h, int64_t first, int rows) const {
         const int64_t q0 = c.h->cu_q[s], kv = c.h->kv_len[s], before = kv - (c.h->cu_q[s + 1] - q0);
-        const int32_t* pages = c.h->pages + s * c.h->page_stride;
+        const int32_t* pages = c.h->pages + (group * c.h->S + s) * c.h->page_stride;
         for (int r = 0; r < rows; r++) {
             int64_t token = (first + r) / G, head = h * G + (first + r) % G;
             widen((const T*)o.p[0] + (q0 + token) * o.n[3] + head * D, t.q + r * D, D);

@@ -19,7 +19,7 @@ enum Gate : int64_t { SILU, GELU, CLAMPED };
 // NORM      x, w f32, out                          width, x stride, inner (rows per x row, mult = inner)   eps
 // ADD_NORM  x, residual, w f32, out, sum           H                                                eps
 // ROPE      q, k, table f32 [pos,D], q out, k out  Hq, Hk, D, q stride, k stride
-// ATTEND    q, k, v, kv, sinks f32 [Hq] or null, out   Hq, Hk, D, q, k, v stride, page, window or 0  scale, softcap or 0
+// ATTEND    q, k, v, kv, sinks f32 [Hq] or null, out   Hq, Hk, D, q, k, v stride, page, window or 0, group   scale, softcap or 0
 // GATED     x [.,2F], out [.,F]                    F, x stride, Gate                                alpha, limit of CLAMPED
 // LAST      x, out [S,H]                           H, x stride
 // ARGMAX    x f32 [rows,V], out i32 [rows]         V
@@ -38,11 +38,11 @@ struct Op {
     int32_t kind, flags;
     int64_t mult;
     void* p[6];
-    int64_t n[8];
+    int64_t n[9];
     float f[2];
 };
 
-// Arrays as in HostBatch, int32; `page_stride` is the row length of `pages`. threads >= 1.
+// Arrays as in HostBatch, int32; `slots` [G,T] and `pages` [G,S,page_stride] are those of all groups. threads >= 1.
 struct Header {
     int32_t T, S, threads, page_stride;
     const int32_t *tokens, *positions, *slots, *cu_q, *kv_len, *pages, *last;

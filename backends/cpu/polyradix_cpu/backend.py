@@ -66,7 +66,8 @@ class NativeBackend(TorchBackend):
     def __init__(self, library: native.Library) -> None:
         self._native = native.NativeOps(library)
         verbs = {name: getattr(self._native, name) for name in vars(Ops) if not name.startswith("_")}
-        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True, FEATURES - {"indexer"})
+        features = FEATURES - {"indexer"} | {KV_GROUPS}
+        caps = _capabilities([f"kernels: native ({library.isa})"], PAGE_SIZES, 256, 16, True, features)
         super().__init__(caps, cast(Ops, SimpleNamespace(**verbs)), "cpu")
 
     def memory(self) -> Memory:

@@ -15,12 +15,13 @@ from polyradix_cpu.native.params import DTYPES, Tensor, from_host, huge_empty, t
 @dataclass(frozen=True)
 class LayerKV:
     """One layer: data [pages, heads, 2, page_size * dim]; csrc/px.h says how a page of k and of v is laid out. Latent
-    rows (`parts` is 1) are k and v alike."""
+    rows (`parts` is 1) are k and v alike. Its group's table says in which pages of data its rows are."""
 
     data: Tensor
     page_size: int
     dim: int
     parts: int
+    group: int = 0
 
 
 def check(spec: KVSpec) -> None:
@@ -33,23 +34,28 @@ def check(spec: KVSpec) -> None:
 
 
 def kv_page_bytes(spec: KVSpec) -> int:
-    """Bytes of one page over all layers, k and v."""
-    return 2 * spec.layers * spec.kv_heads * spec.page_size * spec.head_dim * int(DTYPES[spec.dtype].itemsize)
+    """Bytes of one page over all arrays, k and v."""
+    return 2 * spec.depth * spec.kv_heads * spec.page_size * spec.head_dim * int(DTYPES[spec.dtype].itemsize)
 
 
 def alloc_kv(spec: KVSpec, pages: int) -> list[LayerKV]:
     """A zeroed cache of `pages` pages, one entry per layer."""
     check(spec)
-    shape = (spec.layers, pages, spec.kv_heads, 2, spec.page_size * spec.head_dim)
-    data = huge_empty(shape, DTYPES[spec.dtype])
-    return [LayerKV(layer, spec.page_size, spec.head_dim, spec.parts) for layer in data]
+    shape = (spec.depth, pages, spec.kv_heads, 2, spec.page_size * spec.head_dim)
+    arrays = list(huge_empty(shape, DTYPES[spec.dtype]))
+    return [LayerKV(arrays[at], spec.page_size, spec.head_dim, spec.parts, group) for group, at in spec.places]
 
 
 def copy_pages(kv: list[LayerKV], src: Sequence[int], dst: Sequence[int]) -> list[LayerKV]:
-    """Page src[i] to page dst[i] in every layer; all sources are read before any is written."""
-    for layer in kv:
-        layer.data[list(dst)] = layer.data[list(src)]
+    """Page src[i] to page dst[i] in every array; all sources are read before any is written."""
+    for data in _arrays(kv):
+        data[list(dst)] = data[list(src)]
     return kv
+
+
+def _arrays(kv: list[LayerKV]) -> list[Tensor]:
+    """By place."""
+    return list({id(layer.data): layer.data for layer in kv}.values())
 
 
 def _pairs(data: Tensor) -> int:
@@ -57,22 +63,22 @@ def _pairs(data: Tensor) -> int:
 
 
 def export_pages(kv: list[LayerKV], pages: Sequence[int]) -> HostArray:
-    """[parts, layer, page, slot, head, dim] in the cache's dtype."""
+    """[parts, array, page, slot, head, dim] in the cache's dtype."""
     page, dim, pair = kv[0].page_size, kv[0].dim, _pairs(kv[0].data)
-    data = torch.stack([layer.data[list(pages)] for layer in kv])  # [layer, page, head, 2, page_size * dim]
+    data = torch.stack([x[list(pages)] for x in _arrays(kv)])  # [array, page, head, 2, page_size * dim]
     k = data[..., 0, :].unflatten(-1, (dim // pair, page, pair)).permute(0, 1, 4, 2, 3, 5).flatten(-2)
     v = data[..., 1, :].unflatten(-1, (page // pair, dim, pair)).permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
     return to_host(torch.stack([k, v][: kv[0].parts]).contiguous())
 
 
 def import_pages(kv: list[LayerKV], pages: Sequence[int], data: HostArray) -> list[LayerKV]:
-    """The inverse of export_pages: writes `pages` of every layer."""
+    """The inverse of export_pages: writes `pages` of every array."""
     page, dim, pair = kv[0].page_size, kv[0].dim, _pairs(kv[0].data)
     parts = from_host(data).to(kv[0].data.dtype)
     k, v = parts[0], parts[-1]
     k = k.unflatten(-1, (dim // pair, pair)).permute(0, 1, 3, 4, 2, 5).flatten(3)
     v = v.unflatten(2, (page // pair, pair)).permute(0, 1, 4, 2, 5, 3).flatten(3)
     both = torch.stack([k, v], 3)
-    for layer, values in zip(kv, both, strict=True):
-        layer.data[list(pages)] = values
+    for x, values in zip(_arrays(kv), both, strict=True):
+        x[list(pages)] = values
     return kv

@@ -33,7 +33,7 @@ class Op(ctypes.Structure):
         ("flags", ctypes.c_int32),
         ("mult", ctypes.c_int64),
         ("p", ctypes.c_void_p * 6),
-        ("n", ctypes.c_int64 * 8),
+        ("n", ctypes.c_int64 * 9),
         ("f", ctypes.c_float * 2),
     )
 

@@ -157,7 +157,7 @@ class NativeOps(Expansions):
         heads, dim = a.heads, kv.dim
         if heads.q % heads.kv or heads.dim != dim or kv.data.dtype != q.dtype:
             raise Unsupported("attend", f"{heads} over a cache of head size {dim} in {kv.data.dtype}")
-        sizes = [heads.q, heads.kv, dim, _stride(q), _stride(k), _stride(v), kv.page_size, a.window or 0]
+        sizes = [heads.q, heads.kv, dim, _stride(q), _stride(k), _stride(v), kv.page_size, a.window or 0, kv.group]
         args = [q, k, v, kv.data, None if a.sinks is None else a.sinks.data]
         shape = (q.shape[0], heads.q * dim)
         return self._emit(Kind.ATTEND, q, shape, args, sizes, [a.scale, a.softcap or 0.0], m=m, seqs=False)[0], kv

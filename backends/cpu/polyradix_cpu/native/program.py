@@ -28,6 +28,8 @@ class NativeMeta:
             samples = np.asarray(prev)
             tokens = np.where(batch.from_prev >= 0, samples[np.maximum(batch.from_prev, 0)], tokens)
         named = {"tokens": tokens} | {name: getattr(batch, name) for name in ARRAYS[1:]}
+        if batch.others:
+            named |= {name: np.stack([getattr(t, name) for t in (batch, *batch.others)]) for name in ("slots", "pages")}
         self._arrays = {name: np.ascontiguousarray(x, np.int32) for name, x in named.items()}
         self.header = Header(T=self.T, S=self.S, page_stride=batch.pages.shape[1])
         for name, x in self._arrays.items():
