@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from polyradix.backend.alone import Alone
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, Unsupported, check_claimed
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, Capabilities, Unsupported, check_claimed
 from polyradix.backend.protocol import (
     HOST_DTYPES,
     KV,
@@ -41,7 +41,17 @@ from polyradix_tpu import sampling
 from polyradix_tpu.batch import Ladder, Shape, pack
 from polyradix_tpu.device import host_memory
 from polyradix_tpu.kernels import choose
-from polyradix_tpu.mesh import AXIS, LANES, MeshCollectives, cache_shape, cache_split, kv_page_bytes, make_mesh, place
+from polyradix_tpu.mesh import (
+    AXIS,
+    LANES,
+    Grouped,
+    MeshCollectives,
+    cache_shape,
+    cache_split,
+    kv_page_bytes,
+    make_mesh,
+    place,
+)
 from polyradix_tpu.ops import JaxOps
 from polyradix_tpu.program import jit_step
 
@@ -65,11 +75,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Cache:
-    """What the core holds as a KV: an array per layer, see mesh.cache_shape, split over the mesh by heads or not at
-    all. What is beyond the head size `dim` stays zero."""
+    """What the core holds as a KV: `spec.depth` arrays, see mesh.cache_shape, split over the mesh by heads or not at
+    all. What is beyond the head size stays zero."""
 
-    layers: list[jax.Array]
-    dim: int
+    arrays: list[jax.Array]
+    spec: KVSpec
+
+    @property
+    def inside(self) -> Any:
+        """As a step takes it."""
+        return Grouped(self.arrays, tuple(self.spec.places)) if self.spec.groups else self.arrays
 
 
 class TPUBackend:
@@ -95,7 +110,7 @@ class TPUBackend:
             page_sizes=(16, 32, 64, 128, 8),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES,
+            features=FEATURES | {KV_GROUPS},
             async_launch=True,
             max_tp=len(devices),
             emulated=not self._real,
@@ -133,8 +148,7 @@ class TPUBackend:
         check_kv(spec, self._mesh.size)
         layer = jax.ShapeDtypeStruct(cache_shape(spec, pages, self._lanes), HOST_DTYPES[spec.dtype])
         where = NamedSharding(self._mesh, cache_split(layer))
-        layers = [jnp.zeros(layer.shape, layer.dtype, device=where) for _ in range(spec.layers)]
-        return Cache(layers, spec.head_dim)
+        return Cache([jnp.zeros(layer.shape, layer.dtype, device=where) for _ in range(spec.depth)], spec)
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Meta:
         batch.check_prev(prev)
@@ -153,10 +167,10 @@ class TPUBackend:
             limits.check(meta.sizes)
             tree = (params.top, params.layers)
             if cold:
-                self._compile_all(program, tree, kv.layers, limits)
+                self._compile_all(program, tree, kv, limits)
                 cold = False
-            logits, layers = program(tree, kv.layers, meta.vector, meta.shape)
-            return Rows(logits, meta.sizes[1]), Cache(layers, kv.dim)
+            logits, held = program(tree, kv.inside, meta.vector, meta.shape)
+            return Rows(logits, meta.sizes[1]), Cache(jax.tree.leaves(held), kv.spec)
 
         return run
 
@@ -168,23 +182,24 @@ class TPUBackend:
         return LogProbs(*(Rows(x, logits.count) for x in parts))
 
     def copy_pages(self, kv: KV, src: Sequence[int], dst: Sequence[int]) -> KV:
-        return Cache(_copy(kv.layers, self._page_ids(src), self._page_ids(dst)), kv.dim)
+        return Cache(_copy(kv.arrays, self._page_ids(src), self._page_ids(dst)), kv.spec)
 
     def export_pages(self, kv: KV, pages: Sequence[int]) -> Future[HostArray]:
-        held = _export(kv.layers, self._page_ids(pages), kv.dim)
+        held = _export(kv.arrays, self._page_ids(pages), kv.spec.head_dim)
         return self._fetch(held, lambda x: np.moveaxis(x[:, : len(pages)], 4, 0))
 
     def import_pages(self, kv: KV, pages: Sequence[int], data: HostArray) -> KV:
-        page, width, parts = kv.layers[0].shape[1], kv.layers[0].shape[-1], kv.layers[0].ndim - 2
-        heads = kv.layers[0].shape[2] // 2 if parts == 2 else 1
-        expected = (parts, len(kv.layers), len(pages), page, heads, kv.dim)
+        first, depth, dim = kv.arrays[0], len(kv.arrays), kv.spec.head_dim
+        page, width, parts = first.shape[1], first.shape[-1], first.ndim - 2
+        heads = first.shape[2] // 2 if parts == 2 else 1
+        expected = (parts, depth, len(pages), page, heads, dim)
         if data.shape != expected:
             raise ValueError(f"imported pages have shape {data.shape}; expected {expected}")
         ids = self._page_ids(pages)
-        padded = np.zeros((len(kv.layers), len(ids), page, heads, parts, width), kv.layers[0].dtype)
-        padded[:, : len(pages), ..., : kv.dim] = np.moveaxis(data, 0, 4)
+        padded = np.zeros((depth, len(ids), page, heads, parts, width), first.dtype)
+        padded[:, : len(pages), ..., :dim] = np.moveaxis(data, 0, 4)
         where = NamedSharding(self._mesh, PartitionSpec(None, None, None, AXIS if parts == 2 else None))
-        return Cache(_import(kv.layers, ids, jax.device_put(padded, where)), kv.dim)
+        return Cache(_import(kv.arrays, ids, jax.device_put(padded, where)), kv.spec)
 
     def fetch(self, x: Array) -> Future[HostArray]:
         return self._fetch(x.array, lambda host: host[: x.count])
@@ -199,10 +214,10 @@ class TPUBackend:
         out[: len(pages)] = pages
         return out
 
-    def _compile_all(self, program: Any, params: Any, kv: list[jax.Array], limits: Limits) -> None:
-        for shape in self._ladder.all_shapes(limits, kv[0].shape[1]):
+    def _compile_all(self, program: Any, params: Any, kv: Cache, limits: Limits) -> None:
+        for shape in self._ladder.all_shapes(limits, kv.spec.page_size, max(1, len(kv.spec.groups))):
             vector = jax.ShapeDtypeStruct((shape.length,), jnp.int32, sharding=self._everywhere)
-            program.lower(params, kv, vector, shape).compile()
+            program.lower(params, kv.inside, vector, shape).compile()
 
 
 def _free(m: Memory) -> int:
@@ -229,12 +244,12 @@ def _copy(kv: list[jax.Array], src: jax.Array, dst: jax.Array) -> list[jax.Array
 
 @partial(jax.jit, static_argnums=2)
 def _export(kv: list[jax.Array], pages: jax.Array, dim: int) -> jax.Array:
-    """[layer, page, slot, head, part, dim]"""
+    """[array, page, slot, head, part, dim]"""
     held = jnp.stack([x[pages] for x in kv])[..., :dim]
     return held.reshape(*held.shape[:3], -1, kv[0].ndim - 2, dim)
 
 
 @partial(jax.jit, donate_argnums=0)
 def _import(kv: list[jax.Array], pages: jax.Array, data: jax.Array) -> list[jax.Array]:
-    """`data` [layer, page, slot, head, part, C]."""
+    """`data` [array, page, slot, head, part, C]."""
     return [x.at[pages].set(part.reshape(-1, *x.shape[1:])) for x, part in zip(kv, data, strict=True)]

@@ -7,13 +7,13 @@ A tile is up to `shape.tile` neighbouring rows of one sequence. Padding is zeros
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from polyradix.backend.batch import I32, HostBatch
+from polyradix.backend.batch import I32, HostBatch, Table
 from polyradix.backend.protocol import Limits
 
 TILE = 16  # query rows of one sequence that share one read of its keys
@@ -27,6 +27,7 @@ class Shape(NamedTuple):
     seqs: int
     pages: int  # per sequence
     tile: int  # 1 when every sequence has one token
+    groups: int = 1
 
     @property
     def tiles(self) -> int:
@@ -49,6 +50,8 @@ class Shape(NamedTuple):
             "tile_row": (self.tiles,),
             "tile_seq": (self.tiles,),
             "num_seqs": (1,),
+            "other_slots": (self.groups - 1, self.tokens),
+            "other_pages": (self.groups - 1, self.seqs, self.pages),
         }
 
     @property
@@ -75,6 +78,14 @@ class JaxMeta:
     tile_row: jax.Array  # [tiles]
     tile_seq: jax.Array  # [tiles]
     num_seqs: jax.Array  # [1]
+    other_slots: jax.Array  # [G-1,T]
+    other_pages: jax.Array  # [G-1,S,P]
+
+    def of(self, group: int) -> JaxMeta:
+        """As the layers of this group see the batch."""
+        if not group:
+            return self
+        return replace(self, slots=self.other_slots[group - 1], pages=self.other_pages[group - 1])
 
 
 def unpack(vector: jax.Array, shape: Shape) -> JaxMeta:
@@ -111,21 +122,21 @@ class Ladder:
         yield size
 
     def shape(self, b: HostBatch) -> Shape:
-        pages = self.up(b.pages.shape[1], LEAST_PAGES)
+        pages, groups = self.up(b.pages.shape[1], LEAST_PAGES), 1 + len(b.others)
         if b.num_tokens == b.num_seqs:
             seqs = self.up(b.num_seqs)
-            return Shape(seqs, seqs, pages, 1)
-        return Shape(self.up(b.num_tokens, LEAST_TOKENS), self.up(b.num_seqs, LEAST_SEQS), pages, self.tile)
+            return Shape(seqs, seqs, pages, 1, groups)
+        return Shape(self.up(b.num_tokens, LEAST_TOKENS), self.up(b.num_seqs, LEAST_SEQS), pages, self.tile, groups)
 
-    def all_shapes(self, limits: Limits, page_size: int) -> Iterator[Shape]:
+    def all_shapes(self, limits: Limits, page_size: int, groups: int = 1) -> Iterator[Shape]:
         """Every bucket that a batch within `limits` may meet."""
         for pages in self.sizes(-(-limits.max_context // page_size), LEAST_PAGES):
             for seqs in self.sizes(limits.max_seqs):
-                yield Shape(seqs, seqs, pages, 1)
+                yield Shape(seqs, seqs, pages, 1, groups)
             for seqs in self.sizes(limits.max_seqs, LEAST_SEQS):
                 for tokens in self.sizes(limits.max_tokens, LEAST_TOKENS):
                     if tokens * self.growth > seqs:  # else there are more sequences than tokens
-                        yield Shape(tokens, seqs, pages, self.tile)
+                        yield Shape(tokens, seqs, pages, self.tile, groups)
 
 
 def pack(b: HostBatch, shape: Shape) -> I32:
@@ -136,6 +147,8 @@ def pack(b: HostBatch, shape: Shape) -> I32:
     num_seqs = np.array([b.num_seqs])
     values = {**vars(b), "where": where, "cu_q": cu_q, "num_seqs": num_seqs}
     values |= {"tile_row": tile_row, "tile_seq": tile_seq}
+    for i, name in enumerate(Table._fields):
+        values[f"other_{name}"] = np.array([t[i] for t in b.others] or np.zeros((0, *getattr(b, name).shape)))
     out = np.zeros(shape.length, np.int32)
     at = 0
     for name, size in shape.fields().items():

@@ -32,6 +32,24 @@ class Packed:
     axis: int | None  # split over ranks
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["places"])
+@dataclass(frozen=True)
+class Grouped:
+    """A cache in groups inside a step: `places` has the group and the array of each layer."""
+
+    arrays: list[Any]
+    places: tuple[tuple[int, int], ...]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["group"])
+@dataclass(frozen=True)
+class LayerKV:
+    """Of one layer of such a cache."""
+
+    array: Any
+    group: int
+
+
 def place(mesh: Mesh, spec: ParamSpec, value: HostArray, bias: HostArray | None) -> Packed:
     """Each rank's shard on its device."""
 
@@ -61,7 +79,7 @@ def abstract(mesh: Mesh, spec: ParamSpec) -> Packed:
 
 
 def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, ...]:
-    """Of a layer: [pages, page, 2*Hk, C], where C is the head size rounded up to `lanes`; of a latent one, [pages,
+    """Of an array: [pages, page, 2*Hk, C], where C is the head size rounded up to `lanes`; of a latent one, [pages,
     page, W], where W is the row rounded up to LANES anywhere."""
     if spec.kind == "latent":
         return pages, spec.page_size, -(-spec.head_dim // LANES) * LANES
@@ -69,8 +87,8 @@ def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, ...]:
 
 
 def kv_page_bytes(spec: KVSpec, tp: int, lanes: int) -> int:
-    """Bytes of one page on one device, all layers."""
-    whole = spec.layers * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize
+    """Bytes of one page on one device, all arrays."""
+    whole = spec.depth * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize
     return whole if spec.kind == "latent" else whole // tp
 
 

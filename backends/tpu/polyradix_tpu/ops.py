@@ -31,7 +31,7 @@ from polyradix_tpu.batch import JaxMeta
 from polyradix_tpu.kernels import Kernels
 from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.kernels.xla import precision, write_rows
-from polyradix_tpu.mesh import AXIS, Packed
+from polyradix_tpu.mesh import AXIS, Grouped, LayerKV, Packed
 from polyradix_tpu.moe import clamped, route, spread, with_bias
 
 
@@ -44,7 +44,8 @@ _GATES = {"silu": jax.nn.silu, "gelu_tanh": _gelu}
 
 
 class JaxOps(Expansions):
-    """A layer's KV is an array [pages, page, 2*Hk, D], or [pages, page, W] if it is latent; see kernels."""
+    """A layer's KV is an array [pages, page, 2*Hk, D], or [pages, page, W] if it is latent; see kernels. Of a cache in
+    groups it is a LayerKV."""
 
     def __init__(self, collectives: Collectives, kernels: Kernels) -> None:
         self._collectives, self._kernels = collectives, kernels
@@ -80,8 +81,11 @@ class JaxOps(Expansions):
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec
-    ) -> tuple[jax.Array, jax.Array]:
+        self, q: jax.Array, k: jax.Array, v: jax.Array, kv: Any, m: JaxMeta, a: AttnSpec
+    ) -> tuple[jax.Array, Any]:
+        if isinstance(kv, LayerKV):
+            out, array = self.attend(q, k, v, kv.array, m.of(kv.group), a)
+            return out, replace(kv, array=array)
         kv = self._kernels.write(k, v, kv, m)
         sinks = None if a.sinks is None else a.sinks.value
         out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads), sinks=sinks))
@@ -170,7 +174,14 @@ class JaxOps(Expansions):
     def layers(self, bodies: Sequence[LayerBody], params: Sequence[Any], carry: Any, kv: Any) -> tuple[Any, Any]:
         """Unrolled; layers of the same body and shapes are traced once."""
         traced = {body: jax.jit(body) for body, uses in Counter(bodies).items() if uses > 1}
-        return super().layers([traced.get(body, body) for body in bodies], params, carry, kv)
+        bodies = [traced.get(body, body) for body in bodies]
+        if not isinstance(kv, Grouped):
+            return super().layers(bodies, params, carry, kv)
+        arrays = list(kv.arrays)
+        for body, layer, (group, at) in zip(bodies, params, kv.places, strict=True):
+            carry, held = body(layer, carry, LayerKV(arrays[at], group))
+            arrays[at] = held.array
+        return carry, replace(kv, arrays=arrays)
 
     def _local(self, heads: Heads) -> Heads:
         """This rank's share."""

@@ -19,7 +19,7 @@ SHAPES = [Shape(4, 4, 8, 1), Shape(64, 4, 8, TILE)]
 
 def compiled(model, shape: Shape):
     vector = jax.ShapeDtypeStruct((shape.length,), np.int32)
-    return model.program.lower(model.tree, model.kv.layers, vector, shape).compile()
+    return model.program.lower(model.tree, model.kv.arrays, vector, shape).compile()
 
 
 def collectives(text: str) -> dict[str, int]:
@@ -42,7 +42,7 @@ def test_one_rank_says_nothing(model):
 @pytest.mark.parametrize("tp", [1, 4])
 def test_the_cache_is_updated_in_place(model, tp, shape):
     m = model(tp, pages=2000)
-    size = sum(x.nbytes for x in m.kv.layers) // tp
+    size = sum(x.nbytes for x in m.kv.arrays) // tp
     memory = compiled(m, shape).memory_analysis()
     assert memory.alias_size_in_bytes == size
     assert memory.temp_size_in_bytes < size / 20
@@ -52,13 +52,13 @@ def test_the_cache_is_updated_in_place(model, tp, shape):
 def test_the_step_lowers_for_tpus_without_one(model, tp):
     m, shape = model(tp), SHAPES[1]
     vector = jax.ShapeDtypeStruct((shape.length,), np.int32)
-    exported = jax.export.export(m.program, platforms=["tpu"])(m.tree, m.kv.layers, vector, shape)
+    exported = jax.export.export(m.program, platforms=["tpu"])(m.tree, m.kv.arrays, vector, shape)
     assert (exported.platforms, exported.nr_devices) == (("tpu",), tp)
 
 
 def test_parameters_are_not_donated_and_the_old_cache_is(model):
     m = model()
-    old = m.kv.layers
+    old = m.kv.arrays
     vector = np.zeros(SHAPES[0].length, np.int32)
     _, new = m.program(m.tree, old, vector, SHAPES[0])
     assert all(x.is_deleted() for x in old)
@@ -74,8 +74,8 @@ def test_a_cache_wider_than_its_heads_is_exported_without_the_rest(model, batch,
         m.backend._lanes = lanes
         spec = m.spec.kv_spec(16, "float32")
         kv = m.backend.alloc_kv(spec, 8)
-        assert kv.layers[0].shape[3] == max(lanes, 32)
-        assert m.backend.kv_page_bytes(spec) * 8 * tp == sum(x.nbytes for x in kv.layers)
+        assert kv.arrays[0].shape[3] == max(lanes, 32)
+        assert m.backend.kv_page_bytes(spec) * 8 * tp == sum(x.nbytes for x in kv.arrays)
         run = m.backend.compile(make_step(m.spec), Limits(64, 4, 64))
         logits, kv = run(m.params, kv, m.backend.prepare(batch(40, 3)))
         kv = m.backend.copy_pages(kv, [1], [7])

@@ -62,7 +62,10 @@ def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: Ja
     held = kv[m.pages[seqs]][..., : heads.dim].reshape(len(seqs), -1, heads.kv, 2, heads.dim)
     at = jnp.arange(held.shape[1])
     keys, values = held[..., 0, :], held[..., 1, :]
-    values = jnp.where((at < m.kv_len[seqs][:, None])[:, :, None, None], values, 0)  # 0 * garbage may be NaN
+    known = at < m.kv_len[seqs][:, None]
+    if a.window is not None:
+        known &= at > m.positions[rows[:, :1]] - a.window
+    values = jnp.where(known[:, :, None, None], values, 0)  # 0 * garbage may be NaN
     runs = _runs(heads.dim, kv.dtype)
     group, keys = (x.reshape(*x.shape[:-1], runs, heads.dim // runs) for x in (group, keys))
     score = jnp.einsum("cqhgsd,ckhsd->schgqk", group, keys, precision=exact, preferred_element_type=jnp.float32)
