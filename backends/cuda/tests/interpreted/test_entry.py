@@ -107,7 +107,7 @@ def test_capabilities(make) -> None:
     backend = make(capture=False)
     check_drift("cuda", backend)
     assert (backend.caps.name, backend.caps.device) == ("cuda", "Fake GPU")
-    assert backend.caps.features == FEATURES | QUANTS | {KV_GROUPS}
+    assert backend.caps.features == FEATURES | QUANTS | {"kv_fp8", KV_GROUPS}
     assert "eager" in backend.caps.notes[0]
     assert "captured" in make().caps.notes[0]
     for spec, why in (
