@@ -67,10 +67,12 @@ class TritonBackend(TorchBackend):
 
     def _quantised(self, spec: ParamSpec, codes: Codes, bias: torch.Tensor | None) -> Weight:
         experts = spec.kind == "experts"
-        if not fits(codes.quant, spec.shape[-1]) or (experts and bias is not None):
+        if not fits(codes.quant, spec.shape[-1]):
             weight = codes.weight().to(torch_dtype(spec.dtype))
             return self._experts(spec, weight, bias) if experts else self._linear(spec, weight, bias)
-        return codes if experts else super()._quantised(spec, codes, bias)
+        if not experts:
+            return super()._quantised(spec, codes, bias)
+        return codes if bias is None else Biased(codes, bias)
 
     def _router(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
         return Router.of(weight, bias)

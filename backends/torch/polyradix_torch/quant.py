@@ -22,6 +22,9 @@ class Codes:
     scale: torch.Tensor
     zero: torch.Tensor | None
 
+    def __len__(self) -> int:
+        return len(self.codes)
+
     def __getitem__(self, expert: int) -> Codes:
         zero = None if self.zero is None else self.zero[expert]
         return Codes(self.quant, self.codes[expert], self.scale[expert], zero)

@@ -199,6 +199,8 @@ def of_quantised() -> Iterator[Launch]:
     router = moe.Router(empty(1, 64, 2048), None)
     weights = MoeWeights(router, quantised(block, 64, 2 * 1408, 2048), quantised(block, 64, 2048, 1408))
     yield "64 experts fp8", lambda: quant.experts(empty(200, 2048), weights, MoeSpec(64, 6))
+    biased = MoeWeights(router, *(moe.Biased(w, empty(*w.codes.shape[:2])) for w in (weights.gate_up, weights.down)))
+    yield "64 experts fp8 clamped", lambda: quant.experts(empty(200, 2048), biased, MoeSpec(64, 6, limit=7.0))
 
 
 def quantised(q: Quant, *shape: int) -> Codes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
-from polyradix_torch.triton.rows import silu
+from polyradix_torch.triton.rows import clamped, silu
 from polyradix_torch.triton.skinny import TUNED, ask, name_of
 
 LOWEST = tl.constexpr(-3.0e38)  # a choice value that loses to any other, and wins against what is chosen already
@@ -63,10 +63,15 @@ Table = dict[torch.dtype, tuple[tuple[int, Blocks], ...]]
 
 
 class Biased(NamedTuple):
-    """Of experts: weight [E,N,K] and bias [E,N]."""
+    """Of experts: weight [E,N,K], a tensor or Codes, and bias [E,N]."""
 
-    weight: torch.Tensor
+    weight: Any
     bias: torch.Tensor
+
+
+def bare(w: Any) -> Any:
+    """A weight of experts, without a bias."""
+    return w.weight if isinstance(w, Biased) else w
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,6 @@ class Router:
             parts.append(rest.bfloat16())
             rest = rest - parts[-1].float()
         return cls(torch.stack(parts), bias)
-
-
-@triton.jit
-def clamped(gate, up, alpha, limit):
-    gate = tl.minimum(gate, limit)
-    return gate / (1.0 + tl.exp(-alpha * gate)) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
 
 
 @triton.jit
@@ -328,15 +327,19 @@ def moe(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None = None) ->
     """Ops.moe: x [T,H], of a Router and weights [E,2F,H] and [E,H,F]. With `first`, what the experts from that id on
     add to it, float32; there are weights of no others."""
     x = x.contiguous()
-    routes = routes_of(x, w, s, first, len(w.down.weight if isinstance(w.down, Biased) else w.down))
-    clamp = None if s.limit is None else (s.alpha, s.limit)
-    inner = product(x, w.gate_up, routes, True, clamp=clamp)
+    routes = routes_of(x, w, s, first)
+    inner = product(x, w.gate_up, routes, True, clamp=clamp_of(s))
     return combined(product(inner, w.down, routes, False), routes, x.dtype if first is None else torch.float32)
 
 
-def routes_of(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None, count: int) -> Routes:
+def clamp_of(s: MoeSpec) -> tuple[float, float] | None:
+    """alpha and limit"""
+    return None if s.limit is None else (s.alpha, s.limit)
+
+
+def routes_of(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None) -> Routes:
     routes = route(x, w.router, s)
-    return routes if first is None else routes.part(first, count)
+    return routes if first is None else routes.part(first, len(bare(w.down)))
 
 
 def combined(parts: torch.Tensor, r: Routes, dtype: torch.dtype) -> torch.Tensor:

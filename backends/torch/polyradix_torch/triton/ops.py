@@ -13,7 +13,7 @@ from polyradix.backend.protocol import AttnSpec, Gate, Index, IndexSpec, LatentS
 from polyradix_torch.indexer import Indexed, turned
 from polyradix_torch.moe import share
 from polyradix_torch.ops import GATES, Linear, Products
-from polyradix_torch.quant import Codes, QuantLinear
+from polyradix_torch.quant import QuantLinear
 from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.attention import Paged
 
@@ -94,7 +94,7 @@ class TritonOps(Products):
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
         w, first = share(w)
-        return (quant.experts if isinstance(w.down, Codes) else moe.moe)(x, w, s, first)
+        return (quant.experts if quant.stays(w) else moe.moe)(x, w, s, first)
 
     def last(self, x: torch.Tensor, m: GpuMeta) -> torch.Tensor:
         return x[m.last]

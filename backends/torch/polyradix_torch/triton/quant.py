@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
 from polyradix_torch.triton import moe, rows
@@ -64,7 +63,7 @@ def _quant(
             part = tl.dot(wide(w, a.dtype), tl.trans(a), input_precision="ieee")
             acc += part * tl.load(scale + at)[:, None]
         if BIAS:
-            acc += tl.load(bias + row).to(tl.float32)[:, None]
+            acc += tl.load(bias + expert.to(tl.int64) * N + row).to(tl.float32)[:, None]
         to = out + pair.to(tl.int64)[:, None] * N + n[None, :]
         tl.store(to, tl.trans(acc).to(out.dtype.element_ty), mask=mine[:, None] & (n < N)[None, :])
 
@@ -84,7 +83,7 @@ def product(
     x: torch.Tensor, w: Codes, bias: torch.Tensor | None = None, routes: moe.Routes | None = None
 ) -> torch.Tensor:
     """x [M,K] times w [N,K], plus bias [N] -> [M,N], summed in float32 and rounded once. With `routes` x [pairs,K], or
-    [T,K] for the experts of a token alike, times w [E,N,K] of each pair's expert -> [pairs,N]."""
+    [T,K] for the experts of a token alike, times w [E,N,K], plus bias [E,N], of each pair's expert -> [pairs,N]."""
     x, (n, k) = x.contiguous(), (w.codes.shape[-2], x.shape[1])
     pairs, experts = (len(x), 1) if routes is None else (routes.weights.numel(), len(w.codes))
     b = moe.planned(x, pairs if routes is None else routes.each, gated=False)
@@ -102,10 +101,18 @@ def product(
 
 
 def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None = None) -> torch.Tensor:
-    """As moe.moe, of Codes [E,2F,H] and [E,H,F]."""
-    if s.limit is not None:
-        raise Unsupported("moe_clamp", "of experts that stay quantised")
+    """As moe.moe, of which one weight or both are Codes, Biased or not."""
     x = x.contiguous()
-    routes = moe.routes_of(x, w, s, first, len(w.down.codes))
-    inner = rows.gated(product(x, w.gate_up, routes=routes), "silu")
-    return moe.combined(product(inner, w.down, routes=routes), routes, x.dtype if first is None else torch.float32)
+    routes = moe.routes_of(x, w, s, first)
+    inner = rows.gated(_product(x, w.gate_up, routes), "silu", moe.clamp_of(s))
+    return moe.combined(_product(inner, w.down, routes), routes, x.dtype if first is None else torch.float32)
+
+
+def _product(x: torch.Tensor, w: Codes | torch.Tensor | moe.Biased, routes: moe.Routes) -> torch.Tensor:
+    weight, bias = w if isinstance(w, moe.Biased) else (w, None)
+    return product(x, weight, bias, routes) if isinstance(weight, Codes) else moe.product(x, w, routes, False)
+
+
+def stays(w: MoeWeights) -> bool:
+    """Whether a weight of these experts is kept quantised."""
+    return any(isinstance(moe.bare(each), Codes) for each in (w.gate_up, w.down))

@@ -109,24 +109,33 @@ def gelu(gate, up):
 
 
 @triton.jit
-def _gated(x, out, width, GELU: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def clamped(gate, up, alpha, limit):
+    gate = tl.minimum(gate, limit)
+    return gate / (1.0 + tl.exp(-alpha * gate)) * (tl.minimum(tl.maximum(up, -limit), limit) + 1.0)
+
+
+@triton.jit
+def _gated(
+    x, out, width, alpha, limit, GELU: tl.constexpr, CLAMPED: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
     gate = tl.load(x + row * 2 * width + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(x + row * 2 * width + width + at, mask=mask, other=0.0).to(tl.float32)
-    result = gelu(gate, up) if GELU else silu(gate, up)
+    result = clamped(gate, up, alpha, limit) if CLAMPED else gelu(gate, up) if GELU else silu(gate, up)
     tl.store(out + row * width + at, result.to(out.dtype.element_ty), mask=mask)
 
 
-def gated(x: torch.Tensor, kind: Gate) -> torch.Tensor:
-    """x [T,2F] -> [T,F]: act(first half) * second half."""
+def gated(x: torch.Tensor, kind: Gate, clamp: tuple[float, float] | None = None) -> torch.Tensor:
+    """x [T,2F] -> [T,F]: act(first half) * second half; with `clamp` (alpha, limit) as of a MoeSpec."""
     width = x.shape[1] // 2
     out = x.new_empty(len(x), width)
     _gated[(len(x), triton.cdiv(width, 1024))](
-        x.contiguous(), out, width, kind == "gelu_tanh", 1024, **early(x.device), num_warps=4
-    )
+        x.contiguous(), out, width, *(clamp or (0.0, 0.0)), kind == "gelu_tanh", clamp is not None, 1024,
+        **early(x.device), num_warps=4,
+    )  # fmt: skip
     return out
 
 
