@@ -27,7 +27,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
-from polyradix_npu import calls, latent
+from polyradix_npu import calls, latent, mesh
 from polyradix_npu.attention import CAPTURED, TABLE, Fused, Sinks
 from polyradix_npu.graphs import Decode, Graphs, StaticBatch, sizes
 from polyradix_npu.ops import Experts, NpuOps
@@ -69,6 +69,7 @@ class NpuBackend(TorchBackend):
             async_launch=True,
             mem_fraction=0.9,
             decode_sizes=sizes(256) if capture else (1,),
+            max_tp=mesh.SIMULATED if emulated else torch.npu.device_count() - index,
             emulated=emulated,
             notes=(
                 f"torch-npu {torch_npu.__version__}, CANN {cann or 'unknown'}, decode "
@@ -180,14 +181,18 @@ class NpuBackend(TorchBackend):
             return Pending(x, torch.npu)
 
 
-def create(capture: bool, index: int, emulated: bool) -> Backend:
-    """Raises ValueError for an index that names no device."""
+def create(capture: bool, index: int, emulated: bool, tp: int) -> Backend:
+    """Raises ValueError for an index that names no device, and as mesh.ranks."""
     count = torch.npu.device_count()
     if not 0 <= index < count:
         raise ValueError(f"index is {index}; expected 0 to {count - 1}")
     torch.npu.set_device(index)
     if not emulated:
-        return NpuBackend(index, capture, False)
+        return NpuBackend(index, capture, False) if tp == 1 else mesh.ranks(capture, index, tp)
+    if tp > 1:
+        from polyradix_npu.emulate import mesh as simulation
+
+        return simulation.ranks(capture, tp)
     from polyradix_npu.emulate.graphs import simulated
 
     backend: Backend = simulated(lambda: NpuBackend(index, capture, True))

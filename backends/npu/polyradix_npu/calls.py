@@ -146,8 +146,11 @@ def gate(
     return weights, ids
 
 
-def by_expert(x: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows [T*k,H] sorted by expert; where each (token, choice) went, int32 [T*k]; rows of each expert, int64 [E]."""
+def by_expert(
+    x: torch.Tensor, ids: torch.Tensor, experts: int, some: range
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of choices [T,k] among `experts`, those of `some`: rows [T*k,H] sorted by expert, of which the last are undefined
+    if not all are; where each choice went, int32 [T*k], -1 for others'; rows of each of `some`, int64."""
     rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(
         x.contiguous(),
         ids,
@@ -157,7 +160,7 @@ def by_expert(x: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.T
         expert_tokens_num_type=1,
         expert_tokens_num_flag=True,
         quant_mode=-1,
-        active_expert_range=[0, experts],
+        active_expert_range=[some.start, some.stop],
         row_idx_type=0,
     )
     return rows, where, counts
@@ -165,7 +168,7 @@ def by_expert(x: torch.Tensor, ids: torch.Tensor, experts: int) -> tuple[torch.T
 
 def grouped(x: torch.Tensor, w: torch.Tensor, sums: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Rows [n,in] times the matrix of their group, w [E,in,out], plus its bias, float32 [E,out]; `sums` int64 [E] are
-    where each group ends."""
+    where each group ends. What is made of rows beyond the last is undefined."""
     out: torch.Tensor = torch_npu.npu_grouped_matmul(
         [x], [w], bias=None if bias is None else [bias], group_list=sums, split_item=2, group_type=0, group_list_type=0
     )[0]

@@ -31,13 +31,14 @@ class Entry:
             return Found(True, detail, rank=-1, emulated=True, options={"emulated": True})
         return Found(False, missing)
 
-    def create(self, capture: bool | int = True, index: int = 0, emulated: bool | int = False) -> Backend:
-        """`capture` 0 runs every step eagerly. `index` is the device's. `emulated`: a device in host memory, see
-        docs/npu.md. Raises DeviceUnavailable, with the remedy, when the device cannot be used."""
+    def create(self, capture: bool | int = True, index: int = 0, emulated: bool | int = False, tp: int = 1) -> Backend:
+        """`capture` 0 runs every step eagerly. `index` is the device's, or of `tp` devices the first one's. `emulated`:
+        a device in host memory, see docs/npu.md. Raises DeviceUnavailable, with the remedy, when the device cannot be
+        used."""
         start(bool(emulated))
         from polyradix_npu.backend import create
 
-        return create(bool(capture), index, bool(emulated))
+        return create(bool(capture), index, bool(emulated), tp)
 
 
 def obstacles() -> Iterator[str]:

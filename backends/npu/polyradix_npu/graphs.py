@@ -93,7 +93,9 @@ class Graphs:
         meta = static.meta(size)  # lives as long as the graph, which reads its tensors
         torch.npu.synchronize()
         graph = torch.npu.NPUGraph()
-        with torch.npu.graph(graph, pool=self._pool, auto_dispatch_capture=True):
+        # other threads, which watch collectives, may use the device meanwhile
+        mode = {"auto_dispatch_capture": True, "capture_error_mode": "thread_local"}
+        with torch.npu.graph(graph, pool=self._pool, **mode):
             logits, _ = self._step(self._ops, params, kv, meta)
         self._pool = self._pool or graph.pool()
         return graph, logits, meta

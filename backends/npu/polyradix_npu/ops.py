@@ -13,7 +13,7 @@ from polyradix.backend.expand import Expansions
 from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
 from polyradix_npu import calls, latent
 from polyradix_npu.attention import Fused, plain
-from polyradix_torch.moe import Router, route
+from polyradix_torch.moe import Router, route, share
 from polyradix_torch.ops import GATES, Linear, TorchMeta, TorchOps
 
 
@@ -95,13 +95,17 @@ class NpuOps(TorchOps):
         return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
     def moe(self, x: torch.Tensor, w: MoeWeights, s: MoeSpec) -> torch.Tensor:
+        w, first = share(w)
         ids, weights = _route(w.router, x, s)
-        rows, where, counts = calls.by_expert(x, ids, s.experts)
+        some = range(s.experts) if first is None else range(first, first + len(w.down.weight))
+        rows, where, counts = calls.by_expert(x, ids, s.experts, some)
         sums = counts.cumsum(0)
         both = calls.grouped(rows, w.gate_up.weight, sums, w.gate_up.bias)
         inner = calls.swiglu(both) if s.limit is None else calls.clamped(both, s.limit, s.alpha)
         made = calls.grouped(inner, w.down.weight, sums, w.down.bias)
-        return calls.combine(made.float(), weights, where).to(x.dtype)
+        if first is None:
+            return calls.combine(made.float(), weights, where).to(x.dtype)
+        return _combined(made.float(), weights, where.view(ids.shape))
 
     def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
         if softcap is not None:
@@ -110,6 +114,15 @@ class NpuOps(TorchOps):
 
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x.index_select(0, m.last)
+
+
+def _combined(rows: torch.Tensor, weights: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """The sum [T,H] over the choices whose `where` [T,k] is not -1. The op takes no -1, and rows that nobody made may
+    hold anything: such a choice counts a row of its own token with weight 0, and a token without any is 0."""
+    here = where >= 0
+    any_row = torch.where(here, where, -1).amax(1, keepdim=True).clamp(min=0)
+    out = calls.combine(rows, weights * here, torch.where(here, where, any_row).flatten())
+    return out.masked_fill(~here.any(1, keepdim=True), 0)
 
 
 def _route(router: Router, x: torch.Tensor, s: MoeSpec) -> tuple[torch.Tensor, torch.Tensor]:

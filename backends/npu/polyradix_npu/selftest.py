@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from polyradix_npu.compare import Compared, Seen
 
 PAGE = 128
-PROFILES = ("dense", "moe", "mla")
+PROFILES = ("dense", "moe", "mla", "mesh")
 COMMON = {"num_hidden_layers": 1, "vocab_size": 512, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 LATENT = {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -89,7 +89,7 @@ def _checks(backend: Backend, args: argparse.Namespace) -> Iterator[tuple[str, C
     yield "ATB", lambda: _atb(backend)
     yield "HCCL", lambda: _hccl(backend)
     if not args.quick:
-        for profile in PROFILES:
+        for profile in PROFILES if backend.caps.max_tp > 1 else PROFILES[:-1]:
             yield f"conform {profile}", lambda profile=profile: _conform(args, "run", "--profile", profile)  # type: ignore[misc]
         yield "conform perf", lambda: _conform(args, "perf")
 
@@ -228,28 +228,31 @@ def _hccl(backend: Backend) -> Iterator[Line]:
         yield True, "a sum is not run: there is no HCCL in emulation"
         return
     count = torch.npu.device_count()
-    torch.multiprocessing.spawn(_rank, (count,), count)
+    with TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (count, f"{folder}/store"), count)
     sent = "; rows to experts and back" if count > 1 else "; dispatch and combine want two"
     yield True, f"a sum over {count} device(s){sent}"
 
 
-def _rank(rank: int, count: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+def _rank(rank: int, count: int, file: str) -> None:
     start(emulated=False)
     import torch
+    import torch.distributed as dist
+
+    from polyradix_npu.mesh import hccl
+    from polyradix_torch.mesh.collectives import TorchCollectives
 
     torch.npu.set_device(rank)
-    torch.distributed.init_process_group("hccl", rank=rank, world_size=count)
-    x = torch.full((1024,), rank + 1.0, device="npu")
-    torch.distributed.all_reduce(x)
-    if x.cpu().unique().tolist() != [count * (count + 1) / 2]:
-        raise RuntimeError(f"rank {rank}: the sum is {x[0].item()}; expected {count * (count + 1) / 2}")
+    store = dist.FileStore(file, count)
+    together = TorchCollectives(hccl(store, rank, count), rank, count, f"npu:{rank}")
+    total = together.all_reduce(torch.full((1024,), rank + 1.0, device="npu")).cpu().unique().tolist()
+    if total != [count * (count + 1) / 2]:
+        raise RuntimeError(f"rank {rank}: the sum is {total}; expected {count * (count + 1) / 2}")
     if count > 1:  # in a group of its own, as the ops demand
-        group = torch.distributed.new_group(backend="hccl")._get_backend(torch.device("npu"))
+        group = hccl(dist.PrefixStore("experts", store), rank, count)
         error = _exchanged(rank, count, group.get_hccl_comm_name(rank))
         if not error <= EXCHANGED:
             raise RuntimeError(f"rank {rank}: dispatch and combine: error {error:.1e} of the largest value")
-    torch.distributed.destroy_process_group()
 
 
 def _exchanged(rank: int, size: int, group: str) -> float:

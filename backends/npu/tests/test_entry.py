@@ -77,9 +77,25 @@ def test_emulation_must_be_asked_for() -> None:
         open_backend("npu")
 
 
-def test_ranks_are_declined() -> None:
-    with pytest.raises(Unsupported, match="no tensor parallelism"):
-        open_backend("npu", emulate=True, tp=2)
+def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Unsupported, match="2 ranks are simulated"):
+        open_backend("npu", emulate=True, tp=3)
+    with pytest.raises(Unsupported, match=r"tp 4 \(1 device\(s\) from index 0 on\)"):
+        entry.create(tp=4)
+    monkeypatch.setattr("torch.distributed.is_hccl_available", lambda: False)
+    with pytest.raises(DeviceUnavailable, match=r"no HCCL: source set_env.sh of the CANN toolkit, or take tp 1"):
+        entry.create(tp=2)
+
+
+def test_a_group_is_made_as_the_wheel_wants_it() -> None:
+    from torch.distributed import HashStore
+
+    from polyradix_npu.emulate.mesh import VERBS
+    from polyradix_npu.mesh import hccl
+
+    group = hccl(HashStore(), 0, 1)
+    assert (group.rank(), group.size()) == (0, 1)
+    assert {*VERBS, "abort", "get_hccl_comm_name"} <= set(dir(group))
 
 
 def test_what_it_cannot_serve_is_named() -> None:

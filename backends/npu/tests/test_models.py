@@ -79,13 +79,16 @@ def test_heads_that_the_device_refuses_take_another_form(
     assert got == tokens(tmp_path, device="cpu", backend_options={"kernels": "torch"})
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_captured_decodes_give_the_cpus_tokens(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "tp"), [*((name, 1) for name in MODELS), ("qwen3-moe", 2)])
+def test_captured_decodes_give_the_cpus_tokens(
+    name: str, tp: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With collectives in the graphs, if there are several ranks."""
     (tmp_path / "config.json").write_text(json.dumps(COMMON | MODELS[name]))
     replays: list[Any] = []
     replay = torch.npu.NPUGraph.replay
     monkeypatch.setattr(torch.npu.NPUGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
-    got = tokens(tmp_path, device="npu", emulate=True)
+    got = tokens(tmp_path, device="npu", emulate=True, tp=tp)
     assert len(replays) >= 7
     assert len({token for answer in got.values() for token in answer}) > 3
     assert got == tokens(tmp_path, device="cpu", backend_options={"kernels": "torch"})

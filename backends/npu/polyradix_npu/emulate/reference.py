@@ -107,7 +107,7 @@ def grouped_matmul(c: Args) -> list[torch.Tensor]:
     (x,), (w,) = c.x, c.weight
     bias = c.bias[0] if c.bias else torch.zeros(len(w), w.shape[2])
     ends = c.group_list.cumsum(0) if c.group_list_type else c.group_list
-    out, start = torch.empty(len(x), w.shape[2], dtype=x.dtype), 0
+    out, start = torch.full((len(x), w.shape[2]), float("nan"), dtype=x.dtype), 0
     for matrix, more, end in zip(w, bias.float(), ends.tolist(), strict=True):
         if end > start:
             out[start:end] = (x[start:end].float() @ matrix.float() + more).to(x.dtype)

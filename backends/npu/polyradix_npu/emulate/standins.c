@@ -64,6 +64,7 @@ int aclSetCompileopt(void) { return 0; }
 int aclrtCtxSetSysParamOpt(void) { return 0; }
 int aclrtSetDeviceSatMode(void) { return 0; }
 int aclrtSetOpExecuteTimeOut(void) { return 0; }
+int aclrtSetOpWaitTimeout(void) { return 0; }
 int aclrtSynchronizeStreamWithTimeout(void) { return 0; }
 int aclrtSynchronizeDevice(void) { return 0; }
 int aclrtSynchronizeDeviceWithTimeout(void) { return 0; }
