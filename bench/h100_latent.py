@@ -17,7 +17,7 @@ import torch
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import LatentSpec, LatentWeights
-from polyradix_torch.triton import latent
+from polyradix_torch.triton import latent, latent_prefix
 from polyradix_torch.triton.attention import Plan
 from polyradix_torch.triton.capture import splits_for
 from polyradix_torch.triton.latent import Rows
@@ -30,6 +30,18 @@ WIDTH, PAGE, CACHED = 576, 16, 256 << 20
 GPU = torch.device("cuda")
 DECODES = ((1, 256), (1, 4096), (8, 4096), (32, 4096), (64, 256), (64, 4096), (256, 640))  # sequences, keys of each
 PREFILLS = ((2, 0, 4096), (16, 0, 512), (16, 2048, 64), (2, 4096, 4096))  # sequences, cached, new
+SHARED = (
+    (8, 32, 2048, 96),
+    (4, 16, 2048, 96),
+    (1, 16, 4096, 96),
+    (1, 8, 8192, 96),
+    (1, 64, 576, 96),
+)  # groups, members
+# of each, keys in common, own keys
+TILES = (
+    Plan(32, 8, 3, 64), Plan(32, 8, 2, 64), Plan(64, 8, 2, 64), Plan(16, 8, 3, 64), Plan(32, 8, 3, 32),
+    Plan(64, 8, 2, 32), Plan(64, 4, 2, 32),
+)  # fmt: skip
 PLANS = (
     Plan(32, 4, 5), Plan(32, 4, 3), Plan(32, 8, 5), Plan(32, 8, 3), Plan(16, 4, 5), Plan(64, 8, 2), Plan(64, 4, 2),
 )  # fmt: skip
@@ -44,11 +56,13 @@ class Data:
     weights: LatentWeights
 
 
-def data(seqs: int, old: int, new: int, most: int = CACHED) -> Data:
-    """Pages in random order."""
+def data(seqs: int, old: int, new: int, most: int = CACHED, groups: int = 0, common: int = 0) -> Data:
+    """Pages in random order; those of the first `common` keys are the same in each of the groups."""
     length, rows = old + new, seqs * new
     each = -(-length // PAGE)
     pages = np.random.default_rng(0).permutation(seqs * each).reshape(seqs, each).astype(np.int32) + 1
+    for g in range(groups):
+        pages[g::groups, : common // PAGE] = pages[g, : common // PAGE]
     positions = np.tile(np.arange(old, length, dtype=np.int32), seqs)
     slots = pages[np.repeat(np.arange(seqs), new), positions // PAGE] * PAGE + positions % PAGE
     cu_q = np.arange(0, rows + 1, new, dtype=np.int32)
@@ -77,8 +91,16 @@ def expanding(m: GpuMeta, x: Data) -> GpuMeta:
     seqs = x.batch.num_seqs
     s = torch.arange(seqs, dtype=torch.int32, device=GPU)
     none, lengths = s[:0], x.batch.kv_len
-    starts = torch.from_numpy((np.cumsum(lengths) - lengths).astype(np.int32)).to(GPU)
-    rows = Rows(none, none.view(0, 3), s, starts, int(lengths.sum()), int(lengths.max()))
+    begin, zero = np.cumsum(lengths) - lengths, 0 * lengths
+    runs, starts = np.column_stack([zero, zero, lengths, begin]), np.column_stack([zero, zero, begin])
+    runs[:, 0] = np.arange(seqs)
+    rows = Rows(
+        none,
+        none.view(0, 3),
+        *(torch.from_numpy(x.astype(np.int32)).to(GPU) for x in (runs, starts)),
+        int(lengths.sum()),
+        int(lengths.max()),
+    )
     return replace(m, paged=replace(m.paged, single=none, tiles=torch.stack([s, s * 0], 1)), latent=rows)
 
 
@@ -144,6 +166,37 @@ def decodes() -> None:
             )
 
 
+def shared() -> None:
+    """Decodes whose first rows are shared: read once, and as if they were not."""
+    for groups, members, common, own in SHARED:
+        seqs = groups * members
+        x = data(seqs, common + own - 1, 1, groups=groups, common=common)
+        calls = max(8, 2 * len(x.caches))
+        m = meta(x, splits_for(seqs, torch.cuda.get_device_properties(GPU).multi_processor_count))
+        if m.paged.shared is None:
+            print(f"{groups} x {members} x ({common} + {own}): not shared")
+            continue
+        alone = replace(m, paged=replace(m.paged, shared=None))
+        want = expected(x, x.caches[0])
+        for name, one in (("", m), (" alone", alone)):
+            got = run(x, one, x.caches[0])
+            error = float((got.double() - want).norm() / want.norm())
+            took = microseconds(partial(run, x, one), x.caches, calls)
+            print(
+                f"{groups} x {members} x ({common} + {own}){name}: {took:.1f} us, relative error {error:.1e}",
+                flush=True,
+            )
+        usual = latent_prefix.SHARED[2]
+        for plan in TILES:
+            latent_prefix.SHARED[2] = usual[0], plan
+            try:
+                took = microseconds(partial(run, x, m), x.caches, calls)
+                print(f"  queries {plan.rows} keys {plan.keys} warps {plan.warps} stages {plan.stages}: {took:.1f} us")
+            except Exception as e:
+                print(f"  {plan}: {type(e).__name__} {str(e)[:100]}")
+        latent_prefix.SHARED[2] = usual
+
+
 def prefills() -> None:
     for seqs, old, new in PREFILLS:
         x = data(seqs, old, new)
@@ -166,5 +219,6 @@ def prefills() -> None:
 if __name__ == "__main__":
     with torch.inference_mode():
         check()
+        shared()
         decodes()
         prefills()

@@ -17,6 +17,8 @@ OLDEST = (8, 0)  # the first compute capability with bfloat16 products
 
 @all_told(torch.cuda)
 class CudaBackend(GpuBackend):
+    fork = True
+
     def __init__(self, index: int, capture: bool) -> None:
         super().__init__("cuda", FEATURES | QUANTS | {"kv_fp8", KV_GROUPS}, TritonOps(), index, capture)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyradix.backend.batch import HostBatch, SampleBatch
@@ -39,9 +40,9 @@ from polyradix_torch.pending import Pending
 from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
 from polyradix_torch.triton import attention, latent
-from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes
+from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes, splits_for
 from polyradix_torch.triton.moe import Biased, Router
-from polyradix_torch.triton.ops import GpuMeta
+from polyradix_torch.triton.ops import GpuMeta, TritonOps
 from polyradix_torch.triton.quant import fits
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
@@ -58,8 +59,9 @@ class Decode:
 class TritonBackend(TorchBackend):
     """Eager TritonOps on one device: the GPU, or a CPU with Triton's interpreter."""
 
-    splits = 4  # parts that an eager decode cuts keys into
-    _page, _rows, _latent, _groups = 16, 64, False, 1  # of the cache made last; rows are those of a prefill's tile
+    splits = 4  # parts at most that an eager decode cuts keys into
+    # of the cache made last: page size, rows of a prefill's tile, kind, whether decodes may share keys, heads, groups
+    _page, _rows, _latent, _share, _kv_heads, _groups = 16, 64, False, True, 1, 1
     wide = frozenset({"norm"})
 
     def _experts(self, spec: ParamSpec, weight: torch.Tensor, bias: torch.Tensor | None) -> Weight:
@@ -79,17 +81,22 @@ class TritonBackend(TorchBackend):
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         kv, size = super().alloc_kv(spec, pages), kv_dtype(spec.dtype).itemsize
-        self._page, self._latent = spec.page_size, spec.kind == "latent"
-        self._groups = max(1, len(spec.groups))
+        self._page, self._latent, self._kv_heads = spec.page_size, spec.kind == "latent", spec.kv_heads
+        self._share, self._groups = not spec.index, max(1, len(spec.groups))  # by an index each token selects its own
         self._rows = latent.tile_rows(size) if self._latent else attention.tile_rows(spec.head_dim, size)
         return kv
 
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
         batch.check_prev(prev)
-        meta, source = upload(batch, self._page, self._rows, self.splits, torch.device(self.device), self._latent)
+        splits = self._parts(int(np.count_nonzero(np.diff(batch.cu_q) == 1)))
+        meta, source = upload(batch, self._page, self._rows, splits, torch.device(self.device), self._latent)
         if prev is not None:
             take_previous(meta.tokens, source, prev)
         return meta
+
+    def _parts(self, decodes: int) -> int:
+        """That these, of an eager step, cut their keys into."""
+        return self.splits
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         with torch.inference_mode():
@@ -98,6 +105,8 @@ class TritonBackend(TorchBackend):
 
 class GpuBackend(TritonBackend):
     """GPU number `index`. Decode steps replay graphs if `capture`; steps with prefill run eagerly."""
+
+    fork = False  # whether graphs may have a second stream, without a mesh
 
     def __init__(self, name: str, features: frozenset[str], ops: Ops, index: int, capture: bool) -> None:
         device = torch.device("cuda", index)
@@ -124,6 +133,9 @@ class GpuBackend(TritonBackend):
         )
         super().__init__(caps, ops, str(device))
 
+    def _parts(self, decodes: int) -> int:
+        return min(self.splits, splits_for(max(1, decodes * self._kv_heads), self._processors))
+
     def memory(self) -> Memory:
         return remaining(torch.cuda, self._device, self._still)
 
@@ -137,9 +149,9 @@ class GpuBackend(TritonBackend):
         if not self._capture or limits is None or not batch.num_tokens == batch.num_seqs <= limits.max_seqs:
             return super().prepare(batch, prev)
         batch.check_prev(prev)
-        kind, s = (limits.max_seqs, self._page, self._latent, self._groups), self._static
-        if s is None or (s.most, s.page, s.latent, s.groups) != kind:
-            self._static = s = StaticBatch(limits, self._page, self._device, self._latent, self._groups)
+        kind, s = (limits.max_seqs, self._page, self._share, self._groups), self._static
+        if s is None or (s.most, s.page, s.share, s.groups) != kind:
+            self._static = s = StaticBatch(limits, self._page, self._device, self._share, self._groups)
         s.load(batch)
         if prev is not None:
             tokens, source = (s.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
@@ -148,7 +160,7 @@ class GpuBackend(TritonBackend):
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         ops, self._limits = self.ops, limits
-        graphs = Graphs(step, ops, self._processors)
+        graphs = Graphs(step, ops, self._processors, self.fork and isinstance(ops, TritonOps))
 
         def run(params: Params, kv: KV, meta: Decode | GpuMeta) -> tuple[Array, KV]:
             with torch.inference_mode():

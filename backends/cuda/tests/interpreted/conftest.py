@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +39,13 @@ class FakeGraph:
 
 
 class Recorded(Graphs):
-    def __init__(self, step: Any, ops: Any, processors: int) -> None:
+    def __init__(self, step: Any, *rest: Any) -> None:
         def recorded(*args: Any) -> Any:
             out = step(*args)
             FakeGraph.last = (lambda: step(*args)[0]), out[0]
             return out
 
-        super().__init__(recorded, ops, processors)
+        super().__init__(recorded, *rest)
 
 
 @contextmanager
@@ -84,6 +84,7 @@ def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         if text := getattr(says, what):
             raise RuntimeError(text)
 
+    stream = SimpleNamespace(wait_event=lambda event: None, wait_stream=lambda stream: None)
     properties = SimpleNamespace(name="Fake GPU", multi_processor_count=4)
     for name, value in {
         "is_available": lambda: says.available,
@@ -102,6 +103,9 @@ def gpu(exact: None, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         "CUDAGraph": FakeGraph,
         "graph": record,
         "Event": lambda: FakeEvent(says.asked),
+        "Stream": lambda device, priority: stream,
+        "stream": lambda stream: nullcontext(),
+        "current_stream": lambda: stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     empty = torch.empty

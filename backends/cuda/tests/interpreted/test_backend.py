@@ -135,6 +135,12 @@ def weight(value: float) -> Params:
     return Params({"w": torch.tensor([value])}, [])
 
 
+def test_eager_decodes_cut_keys_by_how_many_they_are(make: Any) -> None:
+    """Of 4 processors; into 4 parts at most."""
+    backend = make(capture=False)
+    assert [backend.prepare(decode(n)).paged.splits for n in (1, 2, 3, 5)] == [4, 4, 2, 1]
+
+
 def test_only_decodes_that_fit_are_captured(make: Any) -> None:
     backend = make()
     assert isinstance(backend.prepare(decode(2)), GpuMeta), "nothing is compiled yet"

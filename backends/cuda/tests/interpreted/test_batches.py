@@ -42,11 +42,12 @@ def test_every_row_has_one_place(rows: int) -> None:
     batch = RAGGED.batch(MIXED)
     meta, source = upload(batch, PAGE, rows, 3, CPU)
     covered = [int(batch.cu_q[s]) for s in meta.paged.single]
-    for s, first in tiles(batch, rows):
+    found = tiles(np.where(np.diff(batch.cu_q) > 1, np.diff(batch.cu_q), 0), rows)
+    for s, first in found:
         start, stop = batch.cu_q[s], batch.cu_q[s + 1]
         covered += range(start + first, min(start + first + rows, stop))
     assert sorted(covered) == list(range(batch.num_tokens))
-    assert meta.paged.tiles.tolist() == tiles(batch, rows).tolist()
+    assert meta.paged.tiles.tolist() == found.tolist()
     assert meta.paged.splits == 3
     for name in ("tokens", "positions", "slots", "last"):
         assert getattr(meta, name).tolist() == getattr(batch, name).tolist()
@@ -61,7 +62,9 @@ def test_every_row_is_absorbed_or_expanded(few: int, monkeypatch: pytest.MonkeyP
     batch = RAGGED.batch(MIXED)
     m = upload(batch, PAGE, 2, 3, CPU, absorb=True)[0]
     tokens, placed = m.latent.tokens.tolist(), list(range(len(m.paged.single)))
+    behind = len(placed)
     for s, first, place in m.latent.few.tolist():
+        place += behind
         rows = range(batch.cu_q[s] + first, min(batch.cu_q[s] + first + latent.TOKENS, batch.cu_q[s + 1]))
         assert tokens[place : place + len(rows)] == list(rows)
         placed += range(place, place + len(rows))
@@ -70,10 +73,10 @@ def test_every_row_is_absorbed_or_expanded(few: int, monkeypatch: pytest.MonkeyP
         tokens += range(batch.cu_q[s] + first, min(batch.cu_q[s] + first + 2, batch.cu_q[s + 1]))
     assert sorted(tokens) == list(range(batch.num_tokens))
     at = 0
-    for s in m.latent.wide.tolist():
-        assert int(m.latent.starts[s]) == at
+    for s, first, end, place in m.latent.runs.tolist():
+        assert (first, end, place, m.latent.starts[s].tolist()) == (0, batch.kv_len[s], at, [0, 0, at])
         at += int(batch.kv_len[s])
-    assert (at, set(m.paged.tiles[:, 0].tolist())) == (m.latent.keys, set(m.latent.wide.tolist()))
+    assert (at, set(m.paged.tiles[:, 0].tolist())) == (m.latent.keys, set(m.latent.runs[:, 0].tolist()))
 
 
 def test_static_batch_holds_the_batch_and_nothing_of_the_one_before() -> None:

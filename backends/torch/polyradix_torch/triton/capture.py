@@ -8,6 +8,7 @@ Rows beyond the sequences of a batch decode position 0 of scratch page 0.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import Array, Limits, Ops, Params, Step
 from polyradix_torch.triton import prefix
 from polyradix_torch.triton.attention import Paged
+from polyradix_torch.triton.forked import Forked
 from polyradix_torch.triton.latent import Rows
 from polyradix_torch.triton.ops import GpuMeta
 from polyradix_torch.triton.upload import flat_pages, pinned
@@ -36,10 +38,11 @@ def splits_for(programs: int, processors: int) -> int:
 
 class StaticBatch:
     """The buffer that every graph reads: FIELDS of limits.max_seqs rows each, slots and page_start of the groups after
-    the first, then the pages of `page` tokens of all groups."""
+    the first, then the pages of `page` tokens of all groups. `share`: first keys that sequences have in common may be
+    read once."""
 
-    def __init__(self, limits: Limits, page: int, device: torch.device, latent: bool = False, groups: int = 1) -> None:
-        self.most, self.page, self.device, self.latent = limits.max_seqs, page, device, latent
+    def __init__(self, limits: Limits, page: int, device: torch.device, share: bool = True, groups: int = 1) -> None:
+        self.most, self.page, self.device, self.share = limits.max_seqs, page, device, share
         self.context, self.groups = limits.max_context, groups
         most, room = self.most, groups * self.most * -(-limits.max_context // page) + 1
         self.lines = len(FIELDS) + 2 * (groups - 1)
@@ -66,7 +69,7 @@ class StaticBatch:
         host = pinned([rows, *pages, np.zeros(1, np.int32)], self.device)
         self.buffer[: len(host)].copy_(host, non_blocking=True)
         single = np.arange(n, dtype=np.int32)
-        plans = [None if self.latent else prefix.plan(table, single, self.page, self.most) for table in tables]
+        plans = [prefix.plan(table, single, self.page, self.most) if self.share else None for table in tables]
         self.shared = any(plan is not None for plan in plans)
         if self.shared:
             none = np.zeros(self.plan.shape[1], np.int32)
@@ -87,11 +90,18 @@ class StaticBatch:
         return replace(metas[0], others=tuple(metas[1:]))
 
 
+@cache
+def _side(device: torch.device) -> Any:
+    """What comes to it goes first, as it is little."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 class Graphs:
     """One step's graphs over one set of parameters, cache and static batch; captured anew when these change."""
 
-    def __init__(self, step: Step, ops: Ops, processors: int) -> None:
-        self._step, self._ops, self._processors = step, ops, processors
+    def __init__(self, step: Step, ops: Ops, processors: int, fork: bool = False) -> None:
+        """`fork`: some of it may run on a second stream, see Forked."""
+        self._step, self._ops, self._processors, self._fork = step, ops, processors, fork
         self._bound: tuple[Any, ...] = ()
         self._made: dict[tuple[int, bool], tuple[Any, Array, GpuMeta]] = {}
         self._pool: Any = None
@@ -103,7 +113,7 @@ class Graphs:
             self._bound, self._made, self._pool = bound, {}, None
         size = next(n for n in static.sizes if n >= seqs)
         first = not self._made and size >= prefix.LEAST_MEMBERS  # of all: both are made, so that kernels are compiled
-        for shared in {static.shared, static.shared or (first and not static.latent)}:
+        for shared in {static.shared, static.shared or (first and static.share)}:
             if (size, shared) not in self._made:
                 self._made[size, shared] = self._capture(params, kv, static, size, shared)
         graph, logits, _ = self._made[size, static.shared]
@@ -117,11 +127,12 @@ class Graphs:
         if shared and not static.shared:
             static.plan.zero_()  # it is of another batch
         meta = static.meta(size, splits, shared)  # lives as long as the graph, which reads its tensors
-        self._step(self._ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
+        ops = Forked(self._ops, _side(static.device)) if self._fork else self._ops
+        self._step(ops, params, kv, meta)  # compiles what is not yet; writes what the replay writes again
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # thread_local: a thread of NCCL's looks at events of its own meanwhile
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, _ = self._step(self._ops, params, kv, meta)
+            logits, _ = self._step(ops, params, kv, meta)
         self._pool = self._pool or graph.pool()
         return graph, logits, meta

@@ -18,16 +18,23 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import LatentSpec, LatentWeights
-from polyradix_torch.triton.attention import LOG2E, MUCH, Paged, Plan, _add, _precision, _shared
+from polyradix_torch.triton import latent_prefix
+from polyradix_torch.triton.attention import MOST_PARTS, MUCH, Paged, Plan, _add, _precision, _shared
 from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
+from polyradix_torch.triton.latent_prefix import dot as _dot
+from polyradix_torch.triton.latent_prefix import padded as _padded
+from polyradix_torch.triton.latent_prefix import unit as _unit
 from polyradix_torch.triton.rows import turn
 
 FEW = 64  # new rows of a sequence that are not expanded for
+FEW_SHARED = 16  # as many are, where its first keys are shared
 TOKENS = 2  # of them in one program
 MOST_SPLITS = 32
+ENOUGH = 512  # programs; more are not made by cutting the keys of short prefills into parts
 ROOM = 1 << 28  # bytes of keys and values made at a time; heads take turns where it is too little
-PLAN = ("positions", "slots", "tokens", "items", "cu_q", "kv_len", "page_start", "pages", "starts", "wide", "tiles")
+PLAN = ("positions", "slots", "tokens", "items", "cu_q", "kv_len", "page_start", "pages", "starts", "runs", "tiles",
+        "common", "parts")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,11 @@ class Rows:
     """Which rows of a batch take which form; int32 on the device. Expanded are the sequences of Paged.tiles."""
 
     tokens: torch.Tensor  # [A] rows that are absorbed: those of Paged.single, then those of `few`
-    few: torch.Tensor  # [n,3] up to TOKENS rows: (sequence, first row in it, its place in `tokens`)
-    wide: torch.Tensor  # [W] sequences that are expanded
-    starts: torch.Tensor  # [S] where their keys begin among all that are expanded
-    keys: int = 0  # how many those are
-    longest: int = 0  # of one sequence
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    few: torch.Tensor  # [n,3] up to TOKENS rows: (sequence, first row in it, its place in `tokens` behind single's)
+    runs: torch.Tensor  # [n,4] what is expanded: (sequence, first key, end, its place among all keys of runs)
+    starts: torch.Tensor  # [S,3] first keys that are shared; what makes places of their positions; and of the others'
+    keys: int = 0  # of all runs
+    longest: int = 0  # of one
 
 
 @triton.jit
@@ -111,20 +113,16 @@ def _prepare(
         )  # fmt: skip
 
 
-@triton.jit
-def _unit(scale, attn_scale, floor_scale, position):
-    """What turns a score of a query into units of log2."""
-    return scale * LOG2E * (1.0 + attn_scale * tl.log(1.0 + (position // floor_scale).to(tl.float32)))
-
-
-@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=PLAN)
+@triton.jit(do_not_specialize=["splits", "slots"], do_not_specialize_on_alignment=PLAN)
 def _absorbed(
-    absorbed, turned, cache, part, lse, items, cu_q, kv_len, page_start, pages, scale, attn_scale, floor_scale, H,
-    splits, TOKENS: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROPE: tl.constexpr,
-    OP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    absorbed, turned, cache, part, lse, items, cu_q, kv_len, page_start, pages, common, scale, attn_scale, floor_scale,
+    H, splits, slots, TOKENS: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ROPE: tl.constexpr,
+    OP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys of an item, for HEADS heads of its rows. Queries are columns: the matrix units take 64 keys
-    or latent columns as their rows, however few queries there are."""
+    or latent columns as their rows, however few queries there are. More slots than splits are for parts of shared keys,
+    which this leaves out."""
     start(EARLY)
     item, split = tl.program_id(0), tl.program_id(2)
     first, place = 0, item
@@ -142,11 +140,14 @@ def _absorbed(
     mine = (first + i < count) & (h < H)
     r, d = tl.arange(0, RP), tl.arange(0, OP)
     query = (place + i).to(tl.int64) * H + h
-    to = query * splits + split
-    keys = tl.minimum(old + TOKENS, n)
-    share = tl.cdiv(tl.cdiv(keys, splits), BLOCK) * BLOCK
-    end = tl.minimum(split * share + share, keys)
-    if split * share >= end:
+    to = query * slots + split
+    keys, low = tl.minimum(old + TOKENS, n), 0
+    if SHARED:
+        low = tl.load(common + item)
+    share = tl.cdiv(tl.cdiv(keys - low, splits), BLOCK) * BLOCK
+    begin = low + split * share
+    end = tl.minimum(begin + share, keys)
+    if begin >= end:
         tl.store(lse + to, -float("inf"), mask=mine)
         return
     inside = mine[:, None] & (r < R)[None, :]
@@ -159,7 +160,7 @@ def _absorbed(
     top = tl.full((TOKENS * HEADS,), -1e30, tl.float32)
     total = tl.zeros((TOKENS * HEADS,), tl.float32)
     acc = tl.zeros((RP, TOKENS * HEADS), tl.float32)
-    for block in range(split * share, end, BLOCK):
+    for block in range(begin, end, BLOCK):
         at = block + tl.arange(0, BLOCK)
         known = at < end
         page = tl.load(own + at // PAGE, mask=known, other=0).to(tl.int64)
@@ -182,18 +183,21 @@ def _absorbed(
     tl.store(lse + to, tl.where(total > 0, top + tl.log2(some), -float("inf")), mask=mine)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "slots"], do_not_specialize_on_alignment=PLAN)
 def _join(
-    part, lse, mean, splits, R: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr, EARLY: tl.constexpr,
+    part, lse, mean, parts, H, splits, slots, R: tl.constexpr, WIDE: tl.constexpr, MOST: tl.constexpr,
+    SHARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """WIDE columns of the parts of one head of one row, weighed; parts without keys hold anything."""
     start(EARLY)
-    place, s = tl.program_id(0).to(tl.int64), tl.arange(0, MOST)
+    place, s, count = tl.program_id(0).to(tl.int64), tl.arange(0, MOST), splits
+    if SHARED:
+        count += tl.load(parts + place // H)
     r = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
-    logs = tl.load(lse + place * splits + s, mask=s < splits, other=-float("inf"))
+    logs = tl.load(lse + place * slots + s, mask=s < count, other=-float("inf"))
     weight = tl.exp2(logs - tl.max(logs, 0))
     inside = (weight > 0)[:, None] & (r < R)[None, :]
-    x = tl.load(part + (place * splits + s)[:, None] * R + r[None, :], mask=inside, other=0.0)
+    x = tl.load(part + (place * slots + s)[:, None] * R + r[None, :], mask=inside, other=0.0)
     result = tl.sum(x * weight[:, None], 0) / tl.sum(weight, 0)
     tl.store(mean + place * R + r, result.to(mean.dtype.element_ty), mask=r < R)
 
@@ -222,17 +226,17 @@ def _finish(
 
 @triton.jit(do_not_specialize_on_alignment=PLAN)
 def _gather(
-    cache, rows, wide, starts, kv_len, page_start, pages, WIDTH, PADDED: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    cache, rows, runs, page_start, pages, WIDTH, PADDED: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK keys of one sequence, out of the pages."""
-    s = tl.load(wide + tl.program_id(0))
-    at, d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
-    known = at < tl.load(kv_len + s)
+    """BLOCK keys of one run, out of the pages."""
+    run = runs + 4 * tl.program_id(0)
+    s, begin = tl.load(run), tl.load(run + 1)
+    at, d = begin + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, PADDED)
+    known = at < tl.load(run + 2)
     page = tl.load(pages + tl.load(page_start + s) + at // PAGE, mask=known, other=0).to(tl.int64)
     inside = known[:, None] & (d < WIDTH)[None, :]
     x = tl.load(cache + ((page * PAGE + at % PAGE) * WIDTH)[:, None] + d[None, :], mask=inside)
-    tl.store(rows + ((tl.load(starts + s) + at).to(tl.int64) * WIDTH)[:, None] + d[None, :], x, mask=inside)
+    tl.store(rows + ((tl.load(run + 3) - begin + at).to(tl.int64) * WIDTH)[:, None] + d[None, :], x, mask=inside)
 
 
 @triton.jit(do_not_specialize_on_alignment=PLAN)
@@ -246,7 +250,8 @@ def _expanded(
     k_rope are descriptors of blocks of them."""
     tile, g = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(0)  # the longest first
     s, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
-    q0, n, begin = tl.load(cu_q + s), tl.load(kv_len + s), tl.load(starts + s)
+    q0, n, common = tl.load(cu_q + s), tl.load(kv_len + s), tl.load(starts + 3 * s)
+    shared, own = tl.load(starts + 3 * s + 1), tl.load(starts + 3 * s + 2)
     count = tl.load(cu_q + s + 1) - q0
     i = first + tl.arange(0, TILE)
     m, d, e = tl.arange(0, NP), tl.arange(0, OP), tl.arange(0, VP)
@@ -264,13 +269,14 @@ def _expanded(
     whole = 0
     if DENSE:
         whole = (low + 1) // BLOCK * BLOCK  # keys before it are seen by every row
-        for key in range(begin, begin + whole, BLOCK):
+        for begin in range(0, whole, BLOCK):
+            key = begin + tl.where(begin < common, shared, own)
             score = _dot(query, tl.trans(k.load([key, g * (NOPE + V)])), tl.zeros((TILE, BLOCK), tl.float32), PRECISION)
             score = _dot(q_rope, tl.trans(k_rope.load([key, R])), score, PRECISION) * unit[:, None]
             acc, total, top = _add(acc, total, top, score, 1.0, v.load([key, g * (NOPE + V) + NOPE]), PRECISION)
     for block in range(whole, tl.minimum(low + TILE, n), BLOCK):
         at = block + tl.arange(0, BLOCK)
-        known, place = (at < n)[:, None], (begin + at).to(tl.int64)[:, None]
+        known, place = (at < n)[:, None], (at + tl.where(at < common, shared, own)).to(tl.int64)[:, None]
         row = made + (place * G + g) * (NOPE + V)
         keys = tl.load(row + m[None, :], mask=known & (m < NOPE)[None, :], other=0.0)
         ropes = tl.load(rows + place * (R + ROPE) + R + d[None, :], mask=known & (d < ROPE)[None, :], other=0.0)
@@ -304,10 +310,6 @@ COLUMNS = {2: 32, 4: 16}
 DECODE = {(2, 16): Plan(32, 4, 5), (2, 32): Plan(32, 8, 3), (4, 16): Plan(16, 8, 1)}
 
 
-def _padded(n: int) -> int:
-    return max(16, int(triton.next_power_of_2(n)))
-
-
 def attend(
     q: torch.Tensor, c: torch.Tensor, cache: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, at: Paged,
     x: Rows, w: LatentWeights, a: LatentSpec,
@@ -325,18 +327,13 @@ def attend(
         **early(q.device), num_warps=warps,
     )  # fmt: skip
     if count:
-        mean = torch.empty_like(absorbed)
-        part, lse = mean, torch.empty(count, heads, splits, dtype=torch.float32, device=q.device)
-        if splits > 1:
-            part = torch.empty(count, heads, splits, a.rank, dtype=torch.float32, device=q.device)
-        for tokens, items in ((1, at.single), (TOKENS, x.few)):
-            if len(items):
-                _launch_absorbed(absorbed, turned, cache, part, lse, items, tokens, at, a)
+        mean, singles = torch.empty_like(absorbed), len(at.single)
+        if singles:
+            _mean(absorbed[:singles], turned, cache, mean[:singles], at.single, 1, splits, at, a)
+        if len(x.few):
+            enough = max(1, min(splits, ENOUGH // len(x.few)))
+            _mean(absorbed[singles:], turned, cache, mean[singles:], x.few, TOKENS, enough, at, a)
         chunk = min(256 // q.element_size(), _padded(a.rank))
-        if splits > 1:
-            _join[(count * heads, triton.cdiv(a.rank, chunk))](
-                part, lse, mean, splits, a.rank, chunk, triton.next_power_of_2(splits), **early(q.device), num_warps=2
-            )
         wide = 32 if count <= 16 else 64
         _finish[(triton.cdiv(count, 16), heads, triton.cdiv(a.v, wide))](
             mean, w.up, out, x.tokens, count, heads, a.rank, a.nope, a.v, 16, wide, chunk, _precision(q),
@@ -347,19 +344,34 @@ def attend(
     return out
 
 
-def _launch_absorbed(
-    absorbed: torch.Tensor, turned: torch.Tensor, cache: torch.Tensor, part: torch.Tensor, lse: torch.Tensor,
-    items: torch.Tensor, tokens: int, at: Paged, a: LatentSpec,
+def _mean(
+    absorbed: torch.Tensor, turned: torch.Tensor, cache: torch.Tensor, mean: torch.Tensor, items: torch.Tensor,
+    tokens: int, splits: int, at: Paged, a: LatentSpec,
 ) -> None:  # fmt: skip
-    (_, heads, splits), rank = lse.shape, absorbed.shape[2]
-    size = absorbed.element_size()
+    """Into mean [n,H,R], of absorbed [n,H,R], whose items are `single` or `few`."""
+    (count, heads, rank), size, device = absorbed.shape, absorbed.element_size(), absorbed.device
+    shared = at.shared if tokens == 1 else None
+    slots = splits if shared is None else splits + MOST_PARTS
+    part, lse = mean, torch.empty(count, heads, slots, dtype=torch.float32, device=device)
+    if slots > 1:
+        part = torch.empty(count, heads, slots, rank, dtype=torch.float32, device=device)
+    common, parts = (items, items) if shared is None else (shared.common, shared.parts)
+    if shared is not None:
+        latent_prefix.launch(absorbed, turned, cache, part, lse, splits, at, a)
     columns = max(16, min(COLUMNS[size], tokens * triton.next_power_of_2(heads)))
-    together, plan = columns // tokens, cut(absorbed.device, "absorbed", f"{size} x {columns}", DECODE[size, columns])
+    together, plan = columns // tokens, cut(device, "absorbed", f"{size} x {columns}", DECODE[size, columns])
     _absorbed[(len(items), triton.cdiv(heads, together), splits)](
-        absorbed, turned, cache, part, lse, items, at.cu_q, at.kv_len, at.page_start, at.pages, a.scale, a.attn_scale,
-        a.floor_scale, heads, splits, tokens, together, rank, _padded(rank), a.rope, _padded(a.rope), cache.shape[1],
-        plan.keys, _precision(absorbed), **early(absorbed.device), num_warps=plan.warps, num_stages=plan.stages,
+        absorbed, turned, cache, part, lse, items, at.cu_q, at.kv_len, at.page_start, at.pages, common, a.scale,
+        a.attn_scale, a.floor_scale, heads, splits, slots, tokens, together, rank, _padded(rank), a.rope,
+        _padded(a.rope), cache.shape[1], plan.keys, shared is not None, _precision(absorbed), **early(device),
+        num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
+    if slots > 1:
+        chunk = min(256 // size, _padded(rank))
+        _join[(count * heads, triton.cdiv(rank, chunk))](
+            part, lse, mean, parts, heads, splits, slots, rank, chunk, triton.next_power_of_2(slots),
+            shared is not None, **early(device), num_warps=2,
+        )  # fmt: skip
 
 
 def _expand(
@@ -368,10 +380,9 @@ def _expand(
 ) -> None:  # fmt: skip
     heads, page, width, block = len(up), cache.shape[1], a.rank + a.rope, 16
     rows = q.new_empty(x.keys, width)
-    _gather[(len(x.wide), triton.cdiv(x.longest, block))](
-        cache, rows, x.wide, x.starts, at.kv_len, at.page_start, at.pages, width, triton.next_power_of_2(width), page,
-        block, num_warps=4,
-    )  # fmt: skip
+    _gather[(len(x.runs), triton.cdiv(x.longest, block))](
+        cache, rows, x.runs, at.page_start, at.pages, width, triton.next_power_of_2(width), page, block, num_warps=4
+    )
     together = max(1, min(heads, ROOM // (x.keys * (a.nope + a.v) * q.element_size())))
     for head in range(0, heads, together):
         made = F.linear(rows[:, : a.rank], up[head : head + together].flatten(0, 1))

@@ -141,6 +141,11 @@ def of_experts() -> Iterator[Launch]:
         yield f"64 experts M{tokens} {_name(dtype)}", experts(dtype, tokens)
     for tokens in (4, 200):
         yield f"32 experts M{tokens} clamped", clamped(tokens)
+    for gated, n, k, columns in ((True, 2816, 2048, 128), (False, 2048, 1408, 256)):
+        routes = moe.Routes(empty(8192, 6, dtype=F32), integers(64, 8192), integers(64))
+        x, weight = empty(8192 if gated else 8192 * 6, k), empty(64, n, k)
+        blocks = moe.Blocks(128, columns, 64, 8, 3, wide=True)
+        yield f"64 experts wide {n}x{k}", partial(moe.product, x, weight, routes, gated, blocks)
 
 
 def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
@@ -165,10 +170,11 @@ def of_latent() -> Iterator[Launch]:
     for dtype, heads, counts in ((BF16, 16, (1, 64)), (BF16, 128, (64,)), (F32, 2, (4,))):
         for count in counts:
             yield f"{heads} latent heads {_name(dtype)} M{count}", absorbed(dtype, heads, count)
+        yield f"{heads} latent heads {_name(dtype)} shared", absorbed(dtype, heads, 64, shared=True)
 
 
-def absorbed(dtype: torch.dtype, heads: int, count: int) -> Callable[[], Any]:
-    """`count` decodes, a prefill of 4 rows and one that is expanded."""
+def absorbed(dtype: torch.dtype, heads: int, count: int, shared: bool = False) -> Callable[[], Any]:
+    """`count` decodes, some of whose rows are shared if so said, a prefill of 4 rows and one that is expanded."""
     a, size = LatentSpec(heads, 512, 128, 64, 128, 192**-0.5, 1e-6), count + 4 + 512
     q, c, cache = (empty(*n, dtype=dtype) for n in ((size, heads * 192), (size, 576), (256, 16, 1, 576)))
     w = LatentWeights(empty(512, dtype=F32), empty(heads, 256, 512, dtype=dtype), empty(8192, 64, dtype=F32))
@@ -180,8 +186,9 @@ def absorbed(dtype: torch.dtype, heads: int, count: int) -> Callable[[], Any]:
         integers(count),
         8,
         integers(4, 2),
+        attention.Shared(integers(64), integers(64), integers(64), integers(32, 5)) if shared else None,
     )
-    x = latent.Rows(integers(count + 4), integers(1, 3), integers(1), integers(count + 2), 512, 512)
+    x = latent.Rows(integers(count + 4), integers(1, 3), integers(1, 4), integers(count + 2, 3), 512, 512)
     return lambda: latent.attend(q, c, cache, integers(size), integers(size), at, x, w, a)
 
 

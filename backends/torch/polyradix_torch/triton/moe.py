@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_torch.triton.cuts import cut
@@ -28,13 +29,14 @@ LOWEST = tl.constexpr(-3.0e38)  # a choice value that loses to any other, and wi
 @dataclass(frozen=True)
 class Blocks:
     """What a program takes at a time: rows of x (pairs, or tokens of the router), rows of the weight, and of their
-    columns."""
+    columns. `wide`: the weight comes through a tensor descriptor, of 64 rows of x and more."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    wide: bool = False
 
 
 ROUTER = {  # by the most tokens
@@ -193,9 +195,10 @@ def _route(
 def _experts(
     x, w, bias, out, lists, counts, T, E, N, K, EACH, alpha, limit,
     GATED: tl.constexpr, CLAMPED: tl.constexpr, BIAS: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [pairs/EACH,K], w [E,N,K]. Of few rows the weight is the left operand, for the matrix units take 64 of it."""
+    """x [pairs/EACH,K], w [E,N,K], or if WIDE a descriptor of blocks of [E*N,K]. Of few rows the weight is the left
+    operand, for the matrix units take 64 of it."""
     start(EARLY)
     FEW: tl.constexpr = ROWS < 64
     width = N // 2 if GATED else N
@@ -211,21 +214,26 @@ def _experts(
         pair = tl.load(lists + expert.to(tl.int64) * T + first + r, mask=mine, other=0)
         n = column * COLUMNS + tl.arange(0, COLUMNS)
         rows = x + (pair // EACH).to(tl.int64)[:, None] * K
-        left = w + (expert.to(tl.int64) * N + tl.minimum(n, width - 1))[:, None] * K
-        right = left + width.to(tl.int64) * K if GATED else left
+        if not WIDE:
+            left = w + (expert.to(tl.int64) * N + tl.minimum(n, width - 1))[:, None] * K
+            right = left + width.to(tl.int64) * K if GATED else left
         if FEW:
             acc, up = tl.zeros((COLUMNS, ROWS), tl.float32), tl.zeros((COLUMNS, ROWS), tl.float32)
         else:
             acc, up = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, K, DEPTH):
             c = k + tl.arange(0, DEPTH)[None, :]
-            if EVEN:
-                a, b = tl.load(rows + c), tl.load(left + c)
+            a = tl.load(rows + c) if EVEN else tl.load(rows + c, mask=c < K, other=0.0)
+            if WIDE:
+                b = w.load([expert * N + column * COLUMNS, k])
             else:
-                a, b = tl.load(rows + c, mask=c < K, other=0.0), tl.load(left + c, mask=c < K, other=0.0)
+                b = tl.load(left + c) if EVEN else tl.load(left + c, mask=c < K, other=0.0)
             acc = _multiply(b, tl.trans(a), acc) if FEW else _multiply(a, tl.trans(b), acc)
             if GATED:
-                d = tl.load(right + c) if EVEN else tl.load(right + c, mask=c < K, other=0.0)
+                if WIDE:
+                    d = w.load([expert * N + width + column * COLUMNS, k])
+                else:
+                    d = tl.load(right + c) if EVEN else tl.load(right + c, mask=c < K, other=0.0)
                 up = _multiply(d, tl.trans(a), up) if FEW else _multiply(a, tl.trans(d), up)
         if BIAS:
             mine_bias = bias + expert.to(tl.int64) * N + tl.minimum(n, width - 1)
@@ -313,11 +321,12 @@ def product(
     b = blocks or chosen(x, w, r.each, gated)
     width = n // 2 if gated else n
     out = x.new_zeros(pairs, width) if r.others else x.new_empty(pairs, width)
-    tiles = min(pairs, pairs // b.rows + experts)
+    tiles, wide = min(pairs, pairs // b.rows + experts), b.wide and b.rows >= 64 and k * w.element_size() % 16 == 0
+    weight = TensorDescriptor(w, [experts * n, k], [k, 1], [b.columns, b.depth]) if wide else w
     _experts[(tiles * triton.cdiv(width, b.columns),)](
-        x, w, w if bias is None else bias, out, r.lists, r.counts, r.lists.shape[1], experts, n, k, pairs // len(x),
-        *(clamp or (0.0, 0.0)), gated, clamp is not None, bias is not None,
-        triton.next_power_of_2(experts), b.rows, b.columns, b.depth, k % b.depth == 0,
+        x, weight, w if bias is None else bias, out, r.lists, r.counts, r.lists.shape[1], experts, n, k,
+        pairs // len(x), *(clamp or (0.0, 0.0)), gated, clamp is not None, bias is not None,
+        triton.next_power_of_2(experts), b.rows, b.columns, b.depth, k % b.depth == 0, wide,
         **early(x.device), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return out

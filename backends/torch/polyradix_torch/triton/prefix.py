@@ -44,7 +44,8 @@ def plan(batch: HostBatch, single: I32, page: int, room: int) -> I32 | None:
 
 
 def groups(batch: HostBatch, single: I32, page: int) -> tuple[I32, I32, I32] | None:
-    """Places in `single`, group by group; how many are in each; and how many first keys those share."""
+    """Places in `single`, group by group; how many are in each; and how many first keys, all of them older than this
+    batch, those share."""
     depth = -(-LEAST_KEYS // page) - 1  # members of a group have the same page here
     if len(single) < LEAST_MEMBERS or batch.pages.shape[1] <= depth:
         return None
@@ -60,7 +61,9 @@ def groups(batch: HostBatch, single: I32, page: int) -> tuple[I32, I32, I32] | N
     pages = batch.pages[seqs]
     same = pages == np.repeat(pages[starts], counts, axis=0)
     whole = np.where(same.all(1), same.shape[1], same.argmin(1)) * page
-    common = np.minimum.reduceat(np.minimum(whole, batch.kv_len[seqs] - 1), starts) // UNIT * UNIT
+    common = (
+        np.minimum.reduceat(np.minimum(whole, batch.kv_len[seqs] - np.diff(batch.cu_q)[seqs]), starts) // UNIT * UNIT
+    )
     kept = common >= LEAST_KEYS
     if (common * (counts - 1))[kept].sum() < LEAST_SAVED:
         return None

@@ -17,6 +17,7 @@ from polyradix.backend.protocol import IndexSpec, LatentSpec, LatentWeights
 from polyradix_torch.indexer import Indexed
 from polyradix_torch.triton import latent
 from polyradix_torch.triton.attention import Paged, _precision
+from polyradix_torch.triton.latent_prefix import padded
 
 ROOM = 1 << 28  # bytes of scores, or of parts of sums, made at a time; tokens take turns where it is too little
 LOW = tl.constexpr(0x7FFFFFFF)
@@ -91,8 +92,8 @@ def rank(
     (count, heads, dim), context = index.shape, out.shape[1]
     block, wide, warps = TILE[index.element_size()]
     _rank[(count, triton.cdiv(context, block))](
-        index, weights, keys, positions, seqs, start, pages, out, context, heads, latent._padded(heads), dim,
-        min(wide, latent._padded(dim)), keys.shape[1], block, _precision(index), num_warps=warps,
+        index, weights, keys, positions, seqs, start, pages, out, context, heads, padded(heads), dim,
+        min(wide, padded(dim)), keys.shape[1], block, _precision(index), num_warps=warps,
     )  # fmt: skip
 
 

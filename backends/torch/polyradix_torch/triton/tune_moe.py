@@ -35,7 +35,7 @@ MANY = (  # rows, columns, depth, warps, stages
     (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 128, 64, 8, 4), (64, 64, 128, 4, 3), (64, 256, 64, 8, 3),
     (128, 64, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3),
     (128, 128, 128, 8, 2), (256, 64, 64, 8, 3), (256, 128, 64, 8, 3),
-)  # fmt: skip
+)  # fmt: skip  # each with the weight through pointers, and through a descriptor
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def candidates(s: Shape) -> Iterator[Blocks]:
     if s.rows <= 32:
         yield from (Blocks(rows, *rest) for rows in (16, 32)[: 1 + (s.rows > 8)] for rest in FEW)
     if s.rows > 16:
-        yield from (Blocks(*each) for each in MANY if each[0] <= 2 * s.rows and (each[1] <= 128 or not s.gated))
+        many = [each for each in MANY if each[0] <= 2 * s.rows and (each[1] <= 128 or not s.gated)]
+        yield from (Blocks(*each, wide) for each in many for wide in (False, True))
 
 
 def routes(s: Shape, seed: int) -> tuple[Routes, torch.Tensor]:
@@ -145,7 +146,7 @@ def tune(s: Shape, numbers: torch.Tensor, wrong: dict[tuple[bool, Blocks, bool],
 
 
 def short(b: Blocks) -> str:
-    return f"{b.rows}x{b.columns}x{b.depth}w{b.warps}s{b.stages}"
+    return f"{b.rows}x{b.columns}x{b.depth}w{b.warps}s{b.stages}{'t' * b.wide}"
 
 
 def main(arguments: list[str]) -> None:

@@ -19,6 +19,7 @@ EACH = 3  # pairs of a token
 ALL = [(True, b) for rows in GATE_UP.values() for _, b in rows] + [
     (False, b) for rows in DOWN.values() for _, b in rows
 ]
+ALL += [(gated, Blocks(64, 32, 64, 4, 2, True)) for gated in (True, False)]
 pytestmark = pytest.mark.usefixtures("exact")
 
 
