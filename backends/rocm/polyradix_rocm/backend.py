@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from polyradix.backend.batch import HostBatch
-from polyradix.backend.capabilities import FEATURES, QUANTS, Capabilities
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, QUANTS, Capabilities
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -66,10 +66,15 @@ class AiterHost(TorchBackend):
     def prepare(self, batch: HostBatch, prev: Array | None = None) -> Any:
         meta = super().prepare(batch, prev)
         if self._verbs and isinstance(meta, TorchMeta):
-            return PlannedTorchMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
+            return self._planned(PlannedTorchMeta, meta, batch)
         if self._verbs and isinstance(meta, GpuMeta) and batch.num_tokens > batch.num_seqs:
-            return PlannedMeta(**vars(meta), plan=plan(batch, self._page_size, self.device))
+            return self._planned(PlannedMeta, meta, batch)
         return meta  # decodes on a GPU, captured or not, are planned there
+
+    def _planned(self, kind: Any, meta: Any, batch: HostBatch) -> Any:
+        first, *plans = (plan(table, self._page_size, self.device) for table in batch.by_group)
+        others = tuple(kind(**vars(m), plan=p) for m, p in zip(meta.others, plans, strict=True))
+        return kind(**vars(meta) | {"others": others}, plan=first)
 
     def compile(self, step: Step, limits: Limits) -> Compiled:
         if self._verbs:
@@ -83,7 +88,7 @@ class RocmBackend(AiterHost, GpuBackend):
 
     def __init__(self, index: int, capture: bool, aiter: Aiter | None, note: str) -> None:
         ops = TritonOps() if aiter is None else TritonAiterOps(aiter)
-        super().__init__("rocm", FEATURES | QUANTS | {"kv_fp8"}, ops, index, capture)
+        super().__init__("rocm", FEATURES | QUANTS | {"kv_fp8", KV_GROUPS}, ops, index, capture)
         self.caps = _noted(self.caps, note, aiter)
 
 
@@ -98,7 +103,7 @@ class CpuBackend(AiterHost, TorchBackend):
             page_sizes=(16, 1, 2, 4, 8, 32, 64, 128),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES | QUANTS | {"kv_fp8"},
+            features=FEATURES | QUANTS | {"kv_fp8", KV_GROUPS},
         )
         super().__init__(_noted(caps, note, aiter), TorchAiterOps(aiter), "cpu")
 

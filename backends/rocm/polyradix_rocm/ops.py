@@ -82,7 +82,7 @@ class AiterVerbs(Beneath):
         super().__init__()
         self.aiter, self.most = aiter, 0
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._planned: tuple[Any, bool, Plan] | None = None
+        self._planned: tuple[Any, bool, dict[Any, Plan]] | None = None
         self._mla = aiter.has(
             "flash_attn_varlen_func", "concat_and_cache_mla", "get_mla_metadata_info_v1", "get_mla_metadata_v1",
             "mla_decode_fwd",
@@ -116,8 +116,9 @@ class AiterVerbs(Beneath):
         decode = self._decodes(m) and a.window is None and self._decodes_in(a)
         if {q.dtype, kv[0].dtype} != {BF16} or a.sinks is not None or not (decode or self._prefills_in(a)):
             return super().attend(q, k, v, kv, m, a)
-        self._write(k, v, kv, m)
-        part = self._plan(m, kv[0].shape[1]).whole
+        own = m.of(kv)
+        self._write(k, v, kv, own)
+        part = self._plan(m, own, kv[0].shape[1], a.window).whole
         flat = tuple(cache.view(-1, 1, *cache.shape[2:]) for cache in kv)
         rest, q, cap = (part.indptr, part.slots, part.ones), q.contiguous(), a.softcap or 0.0
         if decode:
@@ -145,7 +146,7 @@ class AiterVerbs(Beneath):
         if a.attn_scale:
             t = 1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log()
             nope, turned = ((x * t[:, None, None]).to(BF16) for x in (nope, turned))
-        plan, out = self._plan(m, cache.shape[1]), q.new_empty(len(q), a.heads, a.v)
+        plan, out = self._plan(m, m, cache.shape[1]), q.new_empty(len(q), a.heads, a.v)
         for part, run in ((plan.single, self._absorbed), (plan.many, self._expanded)):
             if part is not None:
                 at = slice(None) if part.rows is None else part.rows
@@ -203,14 +204,18 @@ class AiterVerbs(Beneath):
         ids, weights = route(logits, bias, s)
         return ids.int(), weights
 
-    def _plan(self, m: Any, page: int) -> Plan:
-        if hasattr(m, "plan"):
-            return m.plan  # type: ignore[no-any-return]
+    def _plan(self, m: Any, own: Any, page: int, window: int | None = None) -> Plan:
+        """Of batch m as `own`, the meta of one of its groups, has it."""
+        if hasattr(own, "plan"):
+            return own.plan  # type: ignore[no-any-return]
         # A plan made before a capture would not be made again by a replay.
         capturing = m.tokens.is_cuda and torch.cuda.is_current_stream_capturing()
         if self._planned is None or self._planned[0] is not m or self._planned[1] != capturing:
-            self._planned = m, capturing, planned(m.paged, page, self.most)
-        return self._planned[2]
+            self._planned = m, capturing, {}
+        plans, key = self._planned[2], (id(own), window)
+        if key not in plans:
+            plans[key] = planned(own.paged, page, self.most, window)
+        return plans[key]
 
     def _decodes(self, m: Any) -> bool:
         return not hasattr(m, "plan") or m.plan.many is None

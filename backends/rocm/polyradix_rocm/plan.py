@@ -60,9 +60,12 @@ def plan(batch: HostBatch, page: int, device: str) -> Plan:
 
 
 def _part(batch: HostBatch, seqs: Any, page: int, device: str) -> Part:
-    new, length = np.diff(batch.cu_q)[seqs], batch.kv_len[seqs]
+    new, length, table = np.diff(batch.cu_q)[seqs], batch.kv_len[seqs], batch.pages[seqs]
+    gone = np.zeros_like(length) if table[:, 0].all() else page * (np.cumsum(table, axis=1) == 0).sum(axis=1)
+    length = length - gone  # keys given back lie before every window, and masks count from the end
     of, at = _numbered(length)
-    slots = batch.pages[seqs[of], at // page] * page + at % page
+    at = at + gone[of]
+    slots = table[of, at // page] * page + at % page
     of_row, row = _numbered(new)
     rows = None if len(seqs) == batch.num_seqs else _on(batch.cu_q[seqs[of_row]] + row, device, np.int64)
     cu_q, indptr, keys, ones = (_on(x, device) for x in (_ends(new), _ends(length), slots, np.ones(len(seqs))))
@@ -83,9 +86,14 @@ def _on(x: Any, device: str, dtype: Any = np.int32) -> torch.Tensor:
     return torch.from_numpy(x.astype(dtype)).to(device, non_blocking=True)
 
 
-def planned(paged: Paged, page: int, most: int) -> Plan:
-    """Of decodes that are on the device already, by launches of fixed shapes; `most` tokens in one sequence."""
-    indptr = F.pad(paged.kv_len.cumsum(0), (1, 0)).int()
-    slots = slots_of(paged.pages, paged.page_start, indptr, page, most)
+def planned(paged: Paged, page: int, most: int, window: int | None = None) -> Plan:
+    """Of decodes that are on the device already, by launches of fixed shapes; `most` tokens in one sequence. Without
+    pages that lie before the window."""
+    length, start = paged.kv_len, paged.page_start
+    if window is not None:
+        gone = (length - window).clamp(min=0) // page
+        length, start = length - gone * page, start + gone
+    indptr = F.pad(length.cumsum(0), (1, 0)).int()
+    slots = slots_of(paged.pages, start, indptr, page, most)
     whole = Part(None, paged.cu_q, indptr, slots, torch.ones_like(paged.kv_len), (1, most))
     return Plan(whole, whole, None)

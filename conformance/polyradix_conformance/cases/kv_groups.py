@@ -28,11 +28,11 @@ class Flow:
     each layer. Pages come from one pool, whichever group they are for: those given back first, newest first.
     """
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, dim: int = 64) -> None:
         page = self.page = rig.page
         self.rig, self.lengths = rig, (2 * page + WINDOW + 1, page + 30, 3)
         self.rows = Ragged(self.lengths, page)
-        self.heads = Heads(q=2 * rig.ranks, kv=rig.ranks, dim=64)
+        self.heads = Heads(q=2 * rig.ranks, kv=rig.ranks, dim=dim)
         inputs = rows_of(rig.dtype, "normal", self.heads, sum(self.lengths))
         self.inputs, self.room = inputs.shape[1], LAYERS * self.heads.q * self.heads.dim
         embed = np.pad(inputs, ((0, 0), (0, self.room)))
@@ -148,8 +148,8 @@ def moved(flow: Flow) -> None:
     flow.step([Part(s, n + 1, n + 2) for s, n in enumerate(at)])
 
 
-def run(rig: Rig, plan: Any) -> None:
-    plan(Flow(rig))
+def run(rig: Rig, plan: Any, dim: int = 64) -> None:
+    plan(Flow(rig, dim))
 
 
 for dtype in ("float32", "bfloat16"):

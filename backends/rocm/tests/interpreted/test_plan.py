@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +43,20 @@ def test_on_the_device(page: int) -> None:
     same(captured, host.whole)
     assert captured.indptr[5:].tolist() == [41, 42, 43, 44]
     assert captured.slots[41:44].tolist() == [0, 0, 0], "padding rows have one key, on scratch page 0"
+
+
+@pytest.mark.usefixtures("exact")
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_keys_before_the_window_are_left_out(page: int) -> None:
+    """On the device those of whole pages; on the host those that were given back."""
+    ragged, window = Ragged((1, 4, 5, 23, 8), page), 5
+    batch = ragged.batch([Part(s, n - 1, n) for s, n in enumerate(ragged.lengths)])
+    meta, _ = upload(batch, page, 64, 1, CPU)
+    behind = (batch.kv_len[:, None] - window) // page > np.arange(batch.pages.shape[1])
+    host = plan(replace(batch, pages=np.where(behind, 0, batch.pages)), page, "cpu")
+    same(planned(meta.paged, page, 24, window).whole, host.whole)
+    slots = [ragged.slots(Part(s, max(0, n - window) // page * page, n)) for s, n in enumerate(ragged.lengths)]
+    assert host.whole.slots.tolist() == list(chain(*slots))
 
 
 def test_on_the_host() -> None:
