@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from polyradix.cache.radix import EvictionPolicy
+from polyradix.cache.blocks import Groups
+from polyradix.cache.radix import ONE_GROUP, EvictionPolicy
 from polyradix.schedule.queue import Policy
 
 
@@ -27,9 +28,16 @@ class SchedulerConfig:
     chunk: int | None = None
     conservativeness: float = 1.0
     single_rows: bool = False
+    groups: Groups = ONE_GROUP
 
     def __post_init__(self) -> None:
-        least = {"page_size": 1, "pages": 2, "max_seqs": 1, "max_tokens": self.max_seqs, "max_context": 2}
+        least = {
+            "page_size": 1,
+            "pages": 1 + self.groups.count,
+            "max_seqs": 1,
+            "max_tokens": self.max_seqs,
+            "max_context": 2,
+        }
         for name, low in least.items():
             if getattr(self, name) < low:
                 why = " (max_seqs: every running request may decode)" if name == "max_tokens" else ""

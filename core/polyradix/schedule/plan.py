@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch
+from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch, Table
+from polyradix.cache.blocks import Groups
 from polyradix.grammar.spec import Matcher
 from polyradix.schedule.request import Request
 
@@ -73,9 +74,11 @@ def slots_of(requests: Iterable[Request]) -> Slots:
 class RowTable:
     """State of up to `rows` running requests, one row each, as arrays: `slot` below is an index into them."""
 
-    def __init__(self, rows: int, width: int, page_size: int) -> None:
+    def __init__(self, rows: int, width: int, page_size: int, groups: Groups) -> None:
+        self.rows = rows
         self.page_size = page_size
-        self.pages = np.zeros((rows, width), np.int32)
+        self.groups = groups
+        self.pages = np.zeros((groups.count, rows, width), np.int32)  # the full groups first
         self.computed = np.zeros(rows, np.int32)  # tokens whose KV is computed by the plans made so far
         self.limit = np.zeros(rows, np.int32)
         self.fed = np.zeros(rows, np.int32)  # tokens to prefill
@@ -102,6 +105,9 @@ class RowTable:
         slot = req.slot = self._free.pop()
         p = req.params
         self.set_pages(req)
+        if req.window:
+            each = np.array([block.pages for block in req.window], np.int32)
+            self.pages[self.groups.full :, slot, req.gone : req.gone + len(each)] = each.T
         self.computed[slot] = req.stored
         self.limit[slot] = req.limit
         self.fed[slot] = len(req.fed)
@@ -114,18 +120,24 @@ class RowTable:
         self.plain[slot] = p.logprobs is None and not self.masked[slot]
 
     def set_pages(self, req: Request) -> None:
-        self.pages[req.slot, : len(req.pages)] = req.pages
+        for group in range(full := self.groups.full):
+            self.pages[group, req.slot, : len(req.pages) // full] = req.pages[group::full]
 
     def release(self, req: Request) -> None:
-        self.pages[req.slot] = 0
+        self.pages[:, req.slot] = 0
         self.computed[req.slot] = self.limit[req.slot] = self.fed[req.slot] = 0
         self._free.append(req.slot)
         req.slot = -1
 
     def growth(self) -> I32:
         """The most tokens each row's request may still store beyond what its prefill does; 0 for free rows."""
-        most: I32 = self.limit - np.maximum(self.computed, self.fed)
+        most: I32 = self.limit - self.tokens()
         return most
+
+    def tokens(self) -> I32:
+        """Of each row's request, once its prefill is done."""
+        count: I32 = np.maximum(self.computed, self.fed)
+        return count
 
     def may_grow(self, slots: Slots) -> NDArray[np.bool_]:
         """Which of these slots can take one more token and sample after it."""
@@ -176,20 +188,24 @@ class RowTable:
             parts = [req.fed[a : a + c] for req, a, c in zip(rows[len(decodes) :], first, chunks, strict=True)]
             tokens = np.concatenate([tokens, *parts])
         used = (kv_len + np.int32(size - 1)) // size
-        pages = self.pages[:, : int(used.max())].take(slots, axis=0)
+        width = int(used.max())
+        pages = [group[:, :width].take(slots, axis=0) for group in self.pages]
         for s in range(len(decodes), n):
-            pages[s, used[s] :] = 0  # a chunk's request already has the pages of its whole prompt
+            for group in pages:
+                group[s, used[s] :] = 0  # a chunk's request already has the pages of its whole prompt
         from_prev = np.full(len(tokens), -1, np.int32)
         unknown = self.source_plan[decodes] > applied
         from_prev[: len(decodes)] = np.where(unknown, self.source_row[decodes], -1)
         page, offset = np.divmod(positions, np.int32(size))
+        first, *others = [Table(group[row_of, page] * np.int32(size) + offset, group) for group in pages]
         return HostBatch(
             tokens=tokens,
             positions=positions,
-            slots=pages[row_of, page] * np.int32(size) + offset,
+            slots=first.slots,
             cu_q=cu_q,
             kv_len=kv_len,
-            pages=pages,
+            pages=first.pages,
             last=cu_q[1:] - np.int32(1),
             from_prev=from_prev,
+            others=tuple(others),
         )

@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from polyradix.backend.batch import I32
+from polyradix.cache.blocks import Block
 from polyradix.cache.radix import Node
 from polyradix.grammar.spec import Matcher
 from polyradix.schedule.params import SamplingParams
@@ -52,8 +53,11 @@ class Request:
         self.limit = 0  # prompt and outputs together end here
         self.feed(self.prompt)
         self.stored = 0  # tokens whose KV is computed and applied
-        self.pages: list[int] = []  # in sequence order; the first `shared` belong to the tree, under the lock on `node`
+        self.pages: list[int] = []  # of full groups, block by block; the first `shared` are the tree's, under `node`
         self.shared = 0
+        self.window: list[Block] = []  # of windowed groups, from block `gone` on
+        self.gone = 0
+        self.branch = 0  # tokens that the tree had, but not what the next one sees: others may part here, too
         self.node: Node | None = None  # None while waiting
         self.slot = -1  # row of the scheduler's table, -1 while it has none
         self.admitted = False  # at least once

@@ -2,10 +2,7 @@
 
 Plans are launched in the order in which they were made, and `apply` gets their samples in that order. `plan` may be
 called while earlier plans are in flight: a token the host has not seen is named by its row in the plan launched last.
-
-Who owns a page: the pool; or the tree; or one request, from its `shared`-th page on; or the limbo, which keeps what a
-finished request left until every plan launched by then was applied, because a late row of it may still be in flight; or
-whoever `lend` gave it to. So no plan ever writes to a page that another plan in flight uses for another request.
+The ledger says who owns which page.
 """
 
 from __future__ import annotations
@@ -18,11 +15,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from polyradix.backend.batch import I32
-from polyradix.cache.pool import PagePool
-from polyradix.cache.radix import Match, Node, RadixCache
 from polyradix.schedule.config import SchedulerConfig as SchedulerConfig
 from polyradix.schedule.estimate import Estimate
 from polyradix.schedule.jump import begin, forced
+from polyradix.schedule.ledger import Ledger
 from polyradix.schedule.params import InvalidParam
 from polyradix.schedule.plan import Finish, LogProbArrays, Output, Plan, RowTable, Slots, details, slots_of
 from polyradix.schedule.queue import WaitingQueue
@@ -39,9 +35,10 @@ class Scheduler:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.jumped_tokens = 0
-        self._pool = PagePool(config.pages)
-        self._tree = RadixCache(config.page_size, config.eviction)
-        self._table = RowTable(config.max_seqs, -(-config.max_context // config.page_size), config.page_size)
+        self._table = RowTable(
+            config.max_seqs, -(-config.max_context // config.page_size), config.page_size, config.groups
+        )
+        self._ledger = Ledger(config, self._table)
         self._known: dict[str, Request] = {}
         self._arrivals = 0
         self._queue = WaitingQueue(config.policy, config.fair)
@@ -53,14 +50,11 @@ class Scheduler:
         self._filling: list[Request] = []  # admitted, with a prefill not fully applied: others may wait for its prefix
         self._flight: deque[Plan] = deque()
         self._launched = 0
-        self._lent: set[int] = set()  # pages somebody else uses
-        self._limbo: deque[tuple[int, list[int], Node]] = deque()  # after this plan: free the pages, unlock the node
 
     def add(self, req: Request) -> None:
         """Queue a request. Raises InvalidParam if it is malformed or can never be served."""
         req.params.check()
-        n, c = len(req.prompt), self.config
-        capacity = self._pool.capacity * c.page_size
+        n, c, capacity = len(req.prompt), self.config, self._ledger.longest
         if req.rid in self._known:
             raise InvalidParam("rid", req.rid, "an id that is not in use")
         if n == 0:
@@ -97,6 +91,9 @@ class Scheduler:
             return None
         rows, slots = ready
         chunks = self._chunks(self.config.max_tokens - len(rows))
+        while not (rows or chunks or self._flight) and len(self._prefilling) > 1:  # their windows take all pages
+            self._retract(max(self._prefilling, key=_yields))
+            chunks = self._chunks(self.config.max_tokens)
         if not rows and not chunks:
             return None
         parts = self._parts(chunks, self.config.max_seqs - len(rows))
@@ -143,7 +140,10 @@ class Scheduler:
         self._table.token[plan.slots] = tokens  # where a slot is another request's by now, it is set again in time
         for req in [req for req in self._filling if req.stored >= req.prefill]:
             self._filling.remove(req)
-            self._share(req, req.fed)
+            self._ledger.share(req, req.fed, self._launched)
+        if self.config.groups.windowed:
+            for req in {req: None for req in plan.rows if not req.finished}:
+                self._ledger.passed(req, self._launched)
         for o in special:
             if o.finish is None and o.req.jumps:
                 self._jump(o)
@@ -154,28 +154,26 @@ class Scheduler:
             if o.finish is not None:
                 del self._known[o.req.rid]
                 self._leave(o.req)
-        self._drain()
+        self._ledger.drain(self._applied)
         return out
 
     def flush(self) -> None:
         """Forget all prefixes not in use."""
-        self._pool.free(self._tree.flush())
+        self._ledger.pool.free(self._ledger.tree.flush())
 
     @property
     def capacity(self) -> int:
-        """Tokens that the pool holds."""
-        return self._pool.capacity * self.config.page_size
+        """Tokens that can be lent pages for."""
+        return self._ledger.capacity
 
-    def lend(self, n: int) -> list[int] | None:
-        """n pages for somebody else's use, or None if running requests would be short. Nothing in flight uses them."""
-        pages = self._take(n, keep=self._reserve())
-        self._lent.update(pages or ())
-        return pages
+    def lend(self, tokens: int) -> list[int] | None:
+        """Pages for so many tokens of somebody else's, those of each block together in the order of groups; None if
+        running requests would be short. Nothing in flight uses them."""
+        return self._ledger.lend(tokens, self._reserve())
 
     def give_back(self, pages: list[int]) -> None:
         """Lent pages, when nothing in flight uses them."""
-        self._lent.difference_update(pages)
-        self._pool.free(pages)
+        self._ledger.give_back(pages)
 
     @property
     def has_work(self) -> bool:
@@ -209,32 +207,19 @@ class Scheduler:
     @property
     def pages_used(self) -> int:
         """Held by running requests, shared prefixes included."""
-        return self._pool.capacity - self._pool.available - self._tree.evictable_pages
+        return self._ledger.used
 
     @property
     def pages_cached(self) -> int:
         """Held by the tree alone, there to be evicted."""
-        return self._tree.evictable_pages
+        return self._ledger.tree.evictable_pages
 
     def check(self) -> None:
         """Raises AssertionError unless every page is accounted for exactly once and every reference is real."""
         running = self._prefilling + self._decoding
-        nodes = [req.node for req in running if req.node is not None]
-        self._tree.check(nodes + [node for _, _, node in self._limbo])
-        pages = self._pool.free_pages() + self._tree.all_pages()
-        pages += [page for _, limbo, _ in self._limbo for page in limbo]
-        pages += self._lent
-        pages += [page for req in running for page in req.pages[req.shared :]]
-        assert sorted(pages) == list(range(1, self.config.pages)), "a page is lost or has two owners"
-        assert self._limbo == deque() or self._flight, "pages wait for a plan that is not in flight"
-        assert len(nodes) == len(running) == self.config.max_seqs - self._table.available, "rows do not match"
+        self._ledger.check(running, bool(self._flight))
+        assert len(running) == self.config.max_seqs - self._table.available, "rows do not match"
         assert {req.rid for req in [*running, *self._queue]} == set(self._known), "a request is lost"
-        for req in running:
-            assert req.node is not None
-            assert req.pages[: req.shared] == self._tree.path(req.node), f"{req.rid} does not hold the tree's pages"
-            row = self._table.pages[req.slot]
-            assert row[: len(req.pages)].tolist() == req.pages, f"the table has other pages than {req.rid}"
-            assert not row[len(req.pages) :].any(), f"the table has more pages than {req.rid}"
 
     @property
     def _applied(self) -> int:
@@ -254,19 +239,13 @@ class Scheduler:
                 slots = slots[can]
                 for row in reversed(ending):
                     del rows[row]
-            full = (self._table.computed[slots] % self.config.page_size == 0).nonzero()[0].tolist()
-            pages = self._take(len(full))
-            if pages is not None:
-                break
+            full = (self._table.computed[slots] % self.config.page_size == 0).nonzero()[0]
+            if self._ledger.grow([rows[i] for i in full.tolist()], slots[full]):
+                return rows, slots
             if self._flight:
                 return None
             self._retract(max(self._prefilling + self._decoding, key=_yields))
             self._estimate.was_low()
-        grown = [rows[i] for i in full]
-        self._table.pages[slots[full], [len(req.pages) for req in grown]] = pages
-        for req, page in zip(grown, pages, strict=True):
-            req.pages.append(page)
-        return rows, slots
 
     def _chunks(self, budget: int) -> list[tuple[Request, int]]:
         """Prefill for the next plan within a budget of tokens: what is begun first, then new requests."""
@@ -274,7 +253,9 @@ class Scheduler:
         budget = min(budget, self.config.chunk or budget)
         prefills = self._prefills()
         while budget and (req := next(prefills, None)) is not None:
-            n = min(budget, self._left(req))
+            n = self._ledger.widen(req, min(budget, self._left(req)))
+            if n == 0:
+                break
             out.append((req, n))
             budget -= n
         return out
@@ -330,23 +311,20 @@ class Scheduler:
         if not worse:
             return []
         worse.sort(key=_yields, reverse=True)
-        found = self._match(req)
-        self._tree.lock(found.node)
-        count = 1 + bisect_left(range(1, len(worse) + 1), True, key=lambda n: self._fits(req, found, worse[:n]))
-        self._tree.unlock(found.node)
-        return worse[:count] if count <= len(worse) else []
+        found = self._ledger.match(req)
 
-    def _fits(self, req: Request, found: Match, without: list[Request]) -> bool:
-        """Whether there are pages for a waiting request once others are gone; the prefix found is locked."""
-        nodes = [other.node for other in without if other.node is not None]
-        pages = self._pool.available + self._tree.evictable_pages + self._tree.freed_by(nodes)
-        pages += sum(len(other.pages) - other.shared for other in without)
-        return self._new_pages(req, found) + self._reserve(without) <= pages
+        def fits(n: int) -> bool:
+            return self._ledger.fits(req, found, worse[:n], self._reserve(worse[:n]))
+
+        count = 1 + bisect_left(range(1, len(worse) + 1), True, key=fits)
+        self._ledger.unmatch(found)
+        return worse[:count] if count <= len(worse) else []
 
     def _cached(self, req: Request) -> int:
         """Tokens of a waiting request the tree has. May be too high where pages were evicted since: it is a hint."""
-        if req.hint[0] != self._tree.version:
-            req.hint = (self._tree.version, self._tree.prefix(req.fed[:-1], req.namespace))
+        tree = self._ledger.tree
+        if req.hint[0] != tree.version:
+            req.hint = (tree.version, tree.prefix(req.fed[:-1], req.namespace))
         return req.hint[1]
 
     def _held_back(self, req: Request) -> bool:
@@ -364,17 +342,11 @@ class Scheduler:
         no slot, or too few pages would be left for the outputs of all, or this one would soon be retracted again."""
         if not self._table.available:
             return False
-        found = self._match(req)
-        self._tree.lock(found.node)
-        pages = self._take(self._new_pages(req, found), keep=self._reserve())
-        if pages is None:
-            self._tree.unlock(found.node)
+        found = self._ledger.admit(req, self._reserve())
+        if found is None:
             return False
         self._queue.remove(req)
-        self._tree.hit(found.node)
-        req.node, req.shared, req.stored = found.node, len(found.pages), found.length
-        req.pages = found.pages + pages
-        self._table.assign(req)
+        self._ledger.tree.hit(found.node)
         self._prefilling.append(req)
         self._filling.append(req)
         if not req.admitted:
@@ -385,27 +357,16 @@ class Scheduler:
             self._queue.charge(req, len(req.prompt) - found.length)
         return True
 
-    def _match(self, req: Request) -> Match:
-        want = req.fed[:-1] if self.config.radix else req.fed[:0]  # the last token is computed even on a full hit
-        return self._tree.match(want, req.namespace, req.priority)
-
-    def _new_pages(self, req: Request, found: Match) -> int:
-        return -(-len(req.fed) // self.config.page_size) - len(found.pages)
-
     def _reserve(self, without: Sequence[Request] = ()) -> int:
         """Pages for the outputs to come of what runs, but for some."""
         growth = self._table.growth()
         growth[slots_of(without)] = 0
-        return self._estimate.pages(growth, self.config.page_size)
-
-    def _take(self, n: int, keep: int = 0) -> list[int] | None:
-        """n pages, evicting as needed; None if `keep` would not be left to take afterwards."""
-        short = n - self._pool.available
-        if short + keep > self._tree.evictable_pages:
-            return None
-        if short > 0:
-            self._pool.free(self._tree.evict(short))
-        return self._pool.alloc(n)
+        groups, size = self.config.groups, self.config.page_size
+        pages = groups.full * self._estimate.pages(growth, size)
+        if groups.windowed:  # a sequence as long as the window gives back a block for each that it takes
+            near = np.maximum(groups.window - self._table.tokens(), 1)
+            pages += groups.windowed * self._estimate.pages(np.minimum(growth, near), size)
+        return pages
 
     def _append(self, req: Request, token: int, count: int) -> Finish | None:
         """Why it ends with this token, the `count`-th of prompt and outputs, if it does."""
@@ -426,12 +387,8 @@ class Scheduler:
         req.jumped = bool(tokens)
         if in_flight > 1 or len(tokens) <= in_flight:
             return
-        want = -(-(known + len(tokens)) // self.config.page_size) - len(req.pages)
-        pages = self._take(max(0, want), keep=self._reserve())
-        if pages is None:
+        if not self._ledger.extend(req, known + len(tokens), self._reserve()):
             return
-        req.pages += pages
-        self._table.set_pages(req)
         for count, token in enumerate(tokens, known + 1):
             out.tokens.append(token)
             out.finish = self._append(req, token, count)
@@ -442,33 +399,14 @@ class Scheduler:
         self._prefilling.insert(0, req)
         self.jumped_tokens += len(req.fed) - known
 
-    def _share(self, req: Request, tokens: I32) -> None:
-        """Give the tree the full pages of `tokens` whose KV is there. Where it has them already, the request goes on
-        with the tree's."""
-        count = min(req.stored, len(tokens)) // self.config.page_size
-        if not self.config.radix or count <= req.shared:
-            return
-        tokens = tokens[: count * self.config.page_size]
-        node, duplicates = self._tree.insert(tokens, req.pages[:count], req.namespace, req.priority)
-        self._tree.lock(node)
-        old, req.node, req.shared = req.node, node, count
-        if duplicates:
-            req.pages[:count] = self._tree.path(node)
-            self._table.set_pages(req)
-        assert old is not None
-        self._release(duplicates, old)
-
     def _leave(self, req: Request) -> None:
         """Take a request out of the running ones; what it computed goes to the tree."""
-        self._share(req, req.tokens())
-        assert req.node is not None
-        self._release(req.pages[req.shared :], req.node)
         self._stop_decoding(req)
         for group in (self._prefilling, self._filling):
             if req in group:
                 group.remove(req)
-        self._table.release(req)
-        req.node, req.pages, req.shared, req.stored = None, [], 0, 0
+        self._ledger.leave(req, self._launched)
+        self._ledger.drain(self._applied)
 
     def _stop_decoding(self, req: Request) -> None:
         here = self._slots == req.slot
@@ -482,17 +420,6 @@ class Scheduler:
         req.feed(req.tokens())
         self._queue.add(req)
         self.retracted += 1
-
-    def _release(self, pages: list[int], node: Node) -> None:
-        """Free pages and unlock a node as soon as no plan in flight can use them."""
-        self._limbo.append((self._launched, pages, node))
-        self._drain()
-
-    def _drain(self) -> None:
-        while self._limbo and self._limbo[0][0] <= self._applied:
-            _, pages, node = self._limbo.popleft()
-            self._pool.free(pages)
-            self._tree.unlock(node)
 
 
 def _yields(req: Request) -> tuple[int, int]:

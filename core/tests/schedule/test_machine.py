@@ -7,13 +7,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from token_device import VOCAB, FakeDevice
 
+from polyradix.cache.blocks import Groups
 from polyradix.schedule.request import Request
 from polyradix.schedule.scheduler import SchedulerConfig
 
+WINDOWS = [Groups(1, 1, 5), Groups(1, 2, 9), Groups(2, 3, 2), Groups(1, 1, 16)]
 STEMS = [[1] * 40, [1] * 9 + [2] * 31, [1] * 9 + [2] * 10 + [3] * 21]  # share 9 and 19 tokens
 
 
 class Traffic(RuleBasedStateMachine):
+    groups = st.just(Groups())
+
     def __init__(self) -> None:
         super().__init__()
         self.requests: dict[str, Request] = {}
@@ -33,9 +37,12 @@ class Traffic(RuleBasedStateMachine):
         chunk=st.sampled_from([None, None, 1, 7]),
         conservativeness=st.sampled_from([0.0, 1.0, 50.0]),
         single_rows=st.booleans(),
+        data=st.data(),
     )
-    def start(self, page_size, pages, max_seqs, spare, max_context, depth, **options) -> None:
+    def start(self, page_size, pages, max_seqs, spare, max_context, depth, data, **options) -> None:
         self.depth = depth
+        options["groups"] = groups = data.draw(self.groups)
+        pages = 1 + (pages - 1) * groups.count if pages % 2 else max(pages, 1 + groups.count)
         self.device = FakeDevice(SchedulerConfig(page_size, pages, max_seqs + spare, max_seqs, max_context, **options))
 
     @rule(
@@ -140,8 +147,12 @@ class Traffic(RuleBasedStateMachine):
         assert (s.pages_cached, s.pages_used) == (0, 0)
 
 
-TestTraffic = Traffic.TestCase
-TestTraffic.settings = settings(
+class WindowedTraffic(Traffic):
+    groups = st.sampled_from(WINDOWS)
+
+
+TestTraffic, TestWindowedTraffic = Traffic.TestCase, WindowedTraffic.TestCase
+TestTraffic.settings = TestWindowedTraffic.settings = settings(
     max_examples=60,
     stateful_step_count=40,
     deadline=None,

@@ -464,6 +464,6 @@ def test_a_config_that_cannot_work_is_refused(changes, message):
 
 def test_check_sees_a_lost_page():
     s = Scheduler(SchedulerConfig(4, 8, 8, 2, 32))
-    s._pool.alloc(1)
+    s._ledger.pool.alloc(1)
     with pytest.raises(AssertionError, match="lost"):
         s.check()

@@ -101,7 +101,8 @@ class FakeDevice:
 
     @property
     def limit(self) -> int:
-        return min(self.config.max_context, (self.config.pages - 1) * self.config.page_size + 1)
+        longest = self.config.groups.tokens(self.config.pages - 1, self.config.page_size)
+        return min(self.config.max_context, longest + 1)
 
     def add(
         self,
@@ -192,9 +193,12 @@ class FakeDevice:
             array = getattr(h, name)
             assert array.dtype == np.int32, name
             assert array.shape == (length,), name
-        assert h.pages.dtype == np.int32
-        assert h.pages.flags.c_contiguous
-        assert h.pages.shape == (n, max(-(-k // size) for k in h.kv_len))
+        assert len(h.others) == self.config.groups.count - 1
+        for table in h.by_group:
+            assert table.pages.dtype == table.slots.dtype == np.int32
+            assert table.pages.flags.c_contiguous
+            assert table.pages.shape == (n, max(-(-k // size) for k in h.kv_len))
+            assert table.slots.shape == (rows,)
         assert 0 < n <= self.config.max_seqs
         assert n <= rows <= self.config.max_tokens
         assert len({req.rid for req in plan.rows}) == n or (self.config.single_rows and rows == n)
@@ -208,32 +212,45 @@ class FakeDevice:
             assert getattr(s, name).shape == (n,)
         assert s.seed.tolist() == [req.seed for req in plan.rows]
         assert s.temperature.tolist() == [np.float32(req.params.temperature) for req in plan.rows]
-        assert len(set(h.slots.tolist())) == rows, "two rows write one slot"
-        assert (h.slots >= size).all(), "a row writes the scratch page"
+        slots = np.concatenate([table.slots for table in h.by_group])
+        assert len(set(slots.tolist())) == rows * len(h.by_group), "two rows write one slot"
+        assert (slots >= size).all(), "a row writes the scratch page"
         wants = [req.params.logprobs for req in plan.rows if req.params.logprobs is not None]
         assert plan.top_logprobs == max(wants, default=None)
 
+    def _seen(self, plan: Plan, s: int) -> list[tuple[np.ndarray, int]]:
+        """Of each group the pages of a row, and the first block that is read."""
+        h, groups = plan.host, self.config.groups
+        start = int(h.kv_len[s] - (h.cu_q[s + 1] - h.cu_q[s]))
+        first = max(0, start - groups.window + 1) // self.config.page_size  # of the keys that the first new token sees
+        firsts = [0] * groups.full + [first] * groups.windowed
+        return [(table.pages[s], first) for table, first in zip(h.by_group, firsts, strict=True)]
+
     def _check_apart(self, plan: Plan) -> None:
         """No page is written that a plan still in flight uses for another request, or that this one reads for one."""
-        size = self.config.page_size
+        size, plans = self.config.page_size, [*(f.plan for f in self.flights), plan]
+        used = [
+            (owner, {page for pages, first in self._seen(other, t) for page in pages[first:].tolist()} - {0})
+            for other in plans
+            for t, owner in enumerate(other.rows)
+        ]
         for s, req in enumerate(plan.rows):
-            h = plan.host
-            written = set((h.slots[h.cu_q[s] : h.cu_q[s + 1]] // size).tolist())
-            for other in [*(f.plan for f in self.flights), plan]:
-                for t, owner in enumerate(other.rows):
-                    if owner is not req:
-                        used = set(other.host.pages[t].tolist()) - {0}
-                        assert not written & used, f"{req.rid} writes pages that {owner.rid} uses"
+            begin, end = plan.host.cu_q[s : s + 2]
+            written = {slot // size for table in plan.host.by_group for slot in table.slots[begin:end].tolist()}
+            for owner, pages in used:
+                assert owner is req or not written & pages, f"{req.rid} writes pages that {owner.rid} uses"
 
     def _run(self, plan: Plan) -> np.ndarray:
         h, size = plan.host, self.config.page_size
         for s, req in enumerate(plan.rows):
             for t in range(h.cu_q[s], h.cu_q[s + 1]):
-                position, slot = int(h.positions[t]), int(h.slots[t])
+                position = int(h.positions[t])
                 assert position == h.kv_len[s] - (h.cu_q[s + 1] - t), "positions are not the newest of the sequence"
-                assert slot == h.pages[s, position // size] * size + position % size, "a slot outside its page"
-                self.token[slot], self.position[slot] = self._token(h.from_prev[t], h.tokens[t]), position
-                self.space[slot] = req.namespace
+                for table in h.by_group:
+                    slot = int(table.slots[t])
+                    assert slot == table.pages[s, position // size] * size + position % size, "a slot outside its page"
+                    self.token[slot], self.position[slot] = self._token(h.from_prev[t], h.tokens[t]), position
+                    self.space[slot] = req.namespace
         self.computed += h.num_tokens
         return np.array([self._sample(plan, s) for s in range(len(plan.rows))], np.int32)
 
@@ -245,23 +262,26 @@ class FakeDevice:
         return int(self.last.samples[from_prev])
 
     def _sample(self, plan: Plan, s: int) -> int:
-        """Read the whole sequence through the page ids, compare it with the truth, and hash it."""
+        """Read the sequence through each group's page ids, a windowed one from its window on, compare it with the
+        truth, and hash it."""
         req, n, size = plan.rows[s], int(plan.host.kv_len[s]), self.config.page_size
-        pages = plan.host.pages[s]
-        used = -(-n // size)
-        assert (pages[used:] == 0).all(), "page ids beyond the sequence are not 0"
-        assert len(set(pages[:used].tolist())) == used
-        assert (pages[:used] > 0).all()
-        slots = (pages[:used, None] * size + np.arange(size)).ravel()[:n]
-        assert (self.position[slots] == np.arange(n)).all(), f"{req.rid} reads positions that are not its own"
-        assert (self.space[slots] == req.namespace).all(), f"{req.rid} reads another namespace"
+        used, seen = -(-n // size), self._seen(plan, s)
+        every = [page for pages, first in seen for page in pages[first:used].tolist()]
+        assert len(set(every)) == len(every)
+        assert 0 not in every
         truth = self.truth[req.rid]
-        held = self.token[slots]
         own = min(n, len(truth))  # a late row of a finished request goes one beyond the truth
-        assert (held[:own] == truth[:own]).all(), f"{req.rid} reads tokens that are not its own"
         assert n <= len(truth) + len(self.flights)
         assert plan.sample.seed[s] == req.seed
-        return choose(req, held)
+        for pages, first in seen:
+            assert (pages[used:] == 0).all(), "page ids beyond the sequence are not 0"
+            begin = first * size
+            slots = (pages[first:used, None] * size + np.arange(size)).ravel()[: n - begin]
+            assert (self.position[slots] == np.arange(begin, n)).all(), f"{req.rid} reads others' positions"
+            assert (self.space[slots] == req.namespace).all(), f"{req.rid} reads another namespace"
+            assert (self.token[slots][: own - begin] == truth[begin:own]).all(), f"{req.rid} reads others' tokens"
+        slots = (seen[0][0][:used, None] * size + np.arange(size)).ravel()[:n]
+        return choose(req, self.token[slots])
 
     def _logprobs(self, flight: Flight) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
         """Log-probabilities that name what they belong to: chosen = -token, ids = token + k, values = -k."""
