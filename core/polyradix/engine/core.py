@@ -20,6 +20,7 @@ from polyradix.backend.capabilities import DeviceLost, validate
 from polyradix.backend.protocol import KV, Array, Backend, HostArray, KVDType, Limits
 from polyradix.backend.registry import open_backend
 from polyradix.engine.adjust import adjustments
+from polyradix.engine.cache import cache_of
 from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.forward import Forward, ForwardError, identity
 from polyradix.engine.grammars import Gate
@@ -80,6 +81,7 @@ class EngineCore:
         self._params = load_params(
             checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
         )
+        self._cache, self.groups = cache_of(self.spec, caps, self.page_size, self.kv_dtype, self.max_context)
         hidden = None
         if config.embeddings:
             hidden = identity(self.backend, self._params, self.spec.hidden, self.dtype)
@@ -103,6 +105,7 @@ class EngineCore:
                 chunk=config.chunked_prefill_size,
                 conservativeness=config.schedule_conservativeness,
                 single_rows=bool(caps.decode_sizes),  # such steps may be captured
+                groups=self.groups,
             )
         )
         compiler = LlgCompiler(lambda: load_tokenizer(checkpoint), self.spec.vocab, frozenset(self.spec.eos_ids))
@@ -126,11 +129,11 @@ class EngineCore:
 
     def _make_cache(self, config: EngineConfig, limits: Limits) -> None:
         """Sizes the cache from what is free once the largest step has run, and runs a decode of each size."""
-        spec = self.spec.kv_spec(self.page_size, self.kv_dtype)
+        spec, groups = self._cache, self.groups.count
         self._step = self.backend.compile(make_step(self.spec), limits)
         sizes = self.backend.caps.decode_sizes
         if sizes:
-            batch, pages = largest(limits, self.page_size)
+            batch, pages = largest(limits, self.page_size, groups)
             self._kv: KV = self.backend.alloc_kv(spec, pages)
             self._warm(batch, greedy=False)
             self._kv = None
@@ -139,10 +142,10 @@ class EngineCore:
         self._kv = self.backend.alloc_kv(spec, self.pages)
         self.timeline.done("cache")
         if sizes:
-            most = min(limits.max_seqs, self.pages - 1)
+            most = min(limits.max_seqs, (self.pages - 1) // groups)
             todo = sorted({most, *(n for n in sizes if n < most)}, reverse=True)
             for n in tqdm(todo, desc="Warming up", unit="size", disable=None if config.progress else True):
-                self._warm(prefill(np.ones(n, np.int64), self.page_size)[0], greedy=True)
+                self._warm(prefill(np.ones(n, np.int64), self.page_size, groups)[0], greedy=True)
             self.timeline.done("decode sizes")
 
     def _warm(self, batch: HostBatch, greedy: bool) -> None:
@@ -151,16 +154,17 @@ class EngineCore:
 
     def _page_count(self, config: EngineConfig, page_bytes: int) -> int:
         """Pages including the scratch page, from the option or from the free memory, but no more than can be used."""
-        per_seq = -(-self.max_context // self.page_size)
+        per_seq = -(-self.max_context // self.page_size) * self.groups.count
         if config.kv_pages is not None:
             return config.kv_pages
         memory = self.backend.memory()
         fraction = config.mem_fraction or self.backend.caps.mem_fraction
         pages = int(memory.free * fraction) // page_bytes
-        if pages < 2:
+        least = 1 + self.groups.count
+        if pages < least:
             raise ConfigError(
                 f"mem_fraction {fraction} of {memory.free:,} free bytes holds {pages} KV pages of "
-                f"{page_bytes:,} bytes; at least 2 are needed: free memory, raise mem_fraction or lower page_size"
+                f"{page_bytes:,} bytes; at least {least} are needed: free memory, raise mem_fraction or lower page_size"
             )
         return min(pages, per_seq * config.max_seqs + 1)
 

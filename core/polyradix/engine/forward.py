@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch
+from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch, Table
 from polyradix.backend.protocol import KV, Backend, Compiled, DType, HostArray, Limits, Params, ParamSpec
 from polyradix.engine.messages import Chunk, Read, TokenLogProbs
 from polyradix.engine.start import sampling
@@ -130,7 +130,7 @@ class Forward:
             if (job.read.want == "logprobs") != (self._jobs[0].read.want == "logprobs"):
                 continue
             if not job.pages:
-                pages = self._scheduler.lend(-(-len(job.tokens) // self._scheduler.config.page_size))
+                pages = self._scheduler.lend(len(job.tokens))
                 if pages is None:
                     break
                 job.pages = pages
@@ -140,7 +140,7 @@ class Forward:
         return parts
 
     def _run(self, kv: KV, parts: list[Part]) -> KV:
-        batch = _batch(parts, self._scheduler.config.page_size)
+        batch = _batch(parts, self._scheduler.config.page_size, self._scheduler.config.groups.count)
         if parts[0][0].read.want == "logprobs":
             step, params = self._logits
             logits, kv = step(params, kv, self._backend.prepare(batch))
@@ -181,18 +181,19 @@ def _forced(tokens: np.ndarray, vocab: int) -> SampleBatch:
     return replace(sampling(len(tokens), greedy=True), mask=mask.view(np.int32))
 
 
-def _batch(parts: list[Part], size: int) -> HostBatch:
+def _batch(parts: list[Part], size: int, groups: int) -> HostBatch:
     counts = np.array([n for _, _, n in parts])
     starts = np.array([start for _, start, _ in parts])
     cu_q = np.concatenate([[0], np.cumsum(counts)])
     row = np.repeat(np.arange(len(parts)), counts)
     positions = np.arange(cu_q[-1]) + (starts - cu_q[:-1])[row]
     kv_len = starts + counts
-    pages = np.zeros((len(parts), -(-int(kv_len.max()) // size)), np.int64)
+    pages = np.zeros((groups, len(parts), -(-int(kv_len.max()) // size)), np.int32)
     for i, (job, _, _) in enumerate(parts):
         used = -(-int(kv_len[i]) // size)
-        pages[i, :used] = job.pages[:used]
+        pages[:, i, :used] = np.reshape(job.pages[: used * groups], (used, groups)).T
     tokens = np.concatenate([job.tokens[start : start + n] for job, start, n in parts])
-    slots = pages[row, positions // size] * size + positions % size
-    arrays = (tokens, positions, slots, cu_q, kv_len, pages, cu_q[1:] - 1, np.full(len(tokens), -1))
-    return HostBatch(*(np.ascontiguousarray(x, np.int32) for x in arrays))
+    slots = (pages[:, row, positions // size] * size + positions % size).astype(np.int32)
+    arrays = (tokens, positions, slots[0], cu_q, kv_len, pages[0], cu_q[1:] - 1, np.full(len(tokens), -1))
+    others = tuple(map(Table, slots[1:], pages[1:]))
+    return HostBatch(*(np.ascontiguousarray(x, np.int32) for x in arrays), others=others)

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from polyradix.backend.batch import HostBatch, SampleBatch
+from polyradix.backend.batch import HostBatch, SampleBatch, Table
 from polyradix.backend.protocol import Limits
 
 
@@ -26,25 +26,32 @@ class Timeline:
         return f"started in {sum(self.seconds.values()):.1f} s: {parts}"
 
 
-def largest(limits: Limits, page_size: int) -> tuple[HostBatch, int]:
+def largest(limits: Limits, page_size: int, groups: int = 1) -> tuple[HostBatch, int]:
     """The prefill of as many tokens as the limits allow, in as many sequences, evenly; and its pages, with page 0."""
     seqs = min(limits.max_seqs, limits.max_tokens)
     total = min(limits.max_tokens, seqs * limits.max_context)
-    return prefill(np.full(seqs, total // seqs) + (np.arange(seqs) < total % seqs), page_size)
+    return prefill(np.full(seqs, total // seqs) + (np.arange(seqs) < total % seqs), page_size, groups)
 
 
-def prefill(lengths: np.ndarray, page_size: int) -> tuple[HostBatch, int]:
-    """The prefill of sequences of `lengths` [S] tokens 0 (of one each, a decode), in pages from 1 on; and their end."""
+def prefill(lengths: np.ndarray, page_size: int, groups: int = 1) -> tuple[HostBatch, int]:
+    """The prefill of sequences of `lengths` [S] tokens 0 (of one each, a decode), in pages from 1 on, one group's after
+    another's; and their end."""
     cu_q = np.concatenate([[0], np.cumsum(lengths)])
     counts = -(-lengths // page_size)
-    first = 1 + np.cumsum(counts) - counts
     column = np.arange(counts.max())
-    pages = np.where(column < counts[:, None], first[:, None] + column, 0)
     positions = np.arange(cu_q[-1]) - np.repeat(cu_q[:-1], lengths)
-    slots = np.repeat(first * page_size, lengths) + positions
+
+    def table(group: int) -> Table:
+        first = 1 + group * counts.sum() + np.cumsum(counts) - counts
+        pages = np.where(column < counts[:, None], first[:, None] + column, 0)
+        slots = np.repeat(first * page_size, lengths) + positions
+        return Table(slots.astype(np.int32), pages.astype(np.int32))
+
+    (slots, pages), *others = map(table, range(groups))
     none = np.full(len(positions), -1)
     parts = (0 * positions, positions, slots, cu_q, lengths, pages, cu_q[1:] - 1, none)
-    return HostBatch(*(part.astype(np.int32) for part in parts)), int(1 + counts.sum())
+    batch = HostBatch(*(part.astype(np.int32) for part in parts), others=tuple(others))
+    return batch, int(1 + groups * counts.sum())
 
 
 def sampling(seqs: int, greedy: bool) -> SampleBatch:

@@ -117,12 +117,13 @@ class ModelSpec:
             return gpt_oss.gpt_oss(spec, c)
         return gemma.gemma(spec, c) if architecture in gemma.ARCHITECTURES else spec
 
-    def kv_spec(self, page_size: int, dtype: KVDType) -> KVSpec:
+    def kv_spec(self, page_size: int, dtype: KVDType, groups: tuple[tuple[int, ...], ...] = ()) -> KVSpec:
+        """`groups` as of KVSpec."""
         if self.latent is not None:
             a = self.latent.attention
             index = self.latent.index.dim if self.latent.index else 0
             return KVSpec(self.layers, 1, a.rank + a.rope + index, page_size, dtype, "latent", index)
-        return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype)
+        return KVSpec(self.layers, self.heads.kv, self.heads.dim, page_size, dtype, groups=groups)
 
     def choose_dtype(self, asked: DType | Literal["auto"], offered: frozenset[str]) -> DType:
         """What was asked for; for `auto` the checkpoint's own dtype if the backend offers it, else float32."""

@@ -12,6 +12,7 @@ _PATTERNS = {
     "GptOssForCausalLM": 2,
 }  # of so many layers the last has none
 _TYPES = ("sliding_attention", "full_attention")
+_SPARE = 1 / 16  # of a model's layers, that groups which are not full may cost; fewer groups make smaller tables
 
 
 def read_windows(c: Config, architecture: str, layers: int) -> tuple[int | None, frozenset[int]]:
@@ -22,6 +23,17 @@ def read_windows(c: Config, architecture: str, layers: int) -> tuple[int | None,
         return None, frozenset()
     window, some = c.count("sliding_window"), _layers(c, architecture, layers)
     return (window, some) if some else (None, some)
+
+
+def layer_groups(layers: int, windowed: frozenset[int]) -> tuple[tuple[int, ...], ...]:
+    """The layers in groups of one kind and, but for a kind's last, of one size, the full ones first; none if all are of
+    one kind. As few groups as can be while their arrays are at most _SPARE more than the layers."""
+    kinds = [i for i in range(layers) if i not in windowed], sorted(windowed)
+    for size in range(min(map(len, kinds)), 0, -1):
+        groups = tuple(tuple(kind[i : i + size]) for kind in kinds for i in range(0, len(kind), size))
+        if len(groups) * size <= layers * (1 + _SPARE):
+            return groups
+    return ()
 
 
 def _layers(c: Config, architecture: str, layers: int) -> frozenset[int]:

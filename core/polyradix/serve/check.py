@@ -11,6 +11,7 @@ from polyradix.backend.capabilities import validate
 from polyradix.backend.expand import FUSED, Expansions
 from polyradix.backend.protocol import Ops
 from polyradix.backend.registry import discover, open_backend
+from polyradix.engine.cache import cache_of
 from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.graph.checkpoint.keep import keep
 from polyradix.graph.cost import Batch, trace
@@ -57,11 +58,11 @@ def check(q: Question) -> dict[str, Any]:
     if missing := sorted(tensor_shapes(spec).keys() - checkpoint.names):
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
     table = keep(param_specs(spec, dtype), checkpoint, spec, caps.features)
-    weights, kv = table.bytes(q.tp), spec.kv_spec(page_size, kv_dtype)
+    weights, (kv, groups) = table.bytes(q.tp), cache_of(spec, caps, page_size, kv_dtype, context)
     page = 0 if reasons else backend.kv_page_bytes(kv)
     if weights + 2 * page > memory.free:
         reasons.append(f"the weights and two KV pages take {weights + 2 * page:,} bytes; {memory.free:,} are free")
-    sequence = -(-context // page_size) * page
+    sequence = groups.pages(context, page_size) * page
     cost = partial(trace, spec, table, kv, tp=q.tp)
     return {
         "model": q.model,
@@ -78,6 +79,7 @@ def check(q: Question) -> dict[str, Any]:
         "weights": weights,
         "page_size": page_size,
         "kv_page": page,
+        "kv_groups": asdict(groups),
         "context": context,
         "kv_sequence": sequence,
         "sequences": max(0, memory.free - weights) // sequence if sequence else 0,
@@ -101,7 +103,9 @@ def text(r: dict[str, Any]) -> list[str]:
         f"weights  {r['weights']:,} bytes{on}",
     ]
     if r["kv_page"]:
-        lines.append(f"KV       {r['kv_page']:,} bytes for a page of {r['page_size']} tokens{on}")
+        g = r["kv_groups"]
+        of = f" of one of {g['full'] + g['windowed']} groups, {g['windowed']} with windows" if g["windowed"] else ""
+        lines.append(f"KV       {r['kv_page']:,} bytes for a page of {r['page_size']} tokens{of}{on}")
         lines.append(
             f"         {r['kv_sequence']:,} for {r['context']:,} tokens; {r['sequences']:,} such sequences fit"
         )
