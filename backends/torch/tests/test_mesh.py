@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from mesh_engine import served
 from plain_backend import PlainBackend, frail, missing, plain
 
 from polyradix.backend.capabilities import DeviceLost, Unsupported
-from polyradix.backend.protocol import KVSpec, Limits, Memory, Params, ParamSpec
+from polyradix.backend.protocol import KVSpec, Limits, Memory, Params, ParamSpec, Quant
+from polyradix.backend.quant import dequantise
 from polyradix.backend.registry import check_drift
 from polyradix_conformance.cases import Case, all_cases
 from polyradix_conformance.runner import run_case
@@ -45,6 +47,34 @@ def test_it_keeps_the_protocol(mesh: Mesh) -> None:
     check_drift("mesh", mesh)
     assert mesh.collectives.size == 2
     assert mesh.caps.notes[-1] == "tp 2, by gloo"
+
+
+@pytest.mark.parametrize("format", ["fp8", "int4"])
+def test_quantised_weights_are_split_where_their_blocks_are_not(mesh: Mesh, batch_of: Any, format: Any) -> None:
+    rng = np.random.default_rng(5)
+
+    def packed(kind: Any, shape: tuple[int, int], axis: int, block: tuple[int, int]) -> tuple[Any, Any]:
+        quant, blocks = Quant(format, block), tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
+        parts: Any = {"scale": rng.uniform(0.5, 1, blocks).astype(np.float32)}
+        if format == "fp8":
+            parts["weight"] = rng.normal(size=shape).astype(ml_dtypes.float8_e4m3fn)
+        else:
+            parts["weight"] = rng.integers(0, 256, (shape[0], shape[1] // 2)).astype(np.uint8)
+            parts["zero"] = rng.integers(0, 16, blocks).astype(np.uint8)
+        spec = ParamSpec("w", kind, shape, "float32", (), axis, quant=quant)
+        return mesh.pack(spec, lambda part="weight": parts[part]), dequantise(quant, parts.__getitem__)
+
+    (up, one), (down, two) = packed("linear", (12, 4), 0, (4, 4)), packed("linear_reduce", (2, 12), 1, (2, 8))
+    top = {"e": ones(mesh, "e", "embed", (64, 4), None), "u": up, "d": down, "o": ones(mesh, "o", "logits", (3, 2), 0)}
+
+    def step(ops: Any, p: Any, kv: Any, m: Any) -> Any:
+        x = ops.linear_reduce(ops.linear(ops.embed(p.top["e"], m), p.top["u"]), p.top["d"])
+        return ops.logits(ops.last(x, m), p.top["o"]), kv
+
+    kv, batch = mesh.alloc_kv(KVSpec(1, 2, 8, 4, "float32"), 9), batch_of([(0, 3, [1])], 4)
+    logits, _ = mesh.compile(step, LIMITS)(Params(top, []), kv, mesh.prepare(batch))
+    want = (np.ones(4) @ one.T.astype(np.float64)) @ two.T.astype(np.float64)
+    np.testing.assert_allclose(mesh.fetch(logits).result(), np.full((1, 3), want.sum()), rtol=1e-5)
 
 
 def test_an_engine_gives_the_tokens_of_one_rank(mesh: Mesh) -> None:
