@@ -116,10 +116,10 @@ def window_of(layer: int) -> int | None:
 
 
 def decode(flow: Flow) -> None:
-    """Each sequence whole but for its last three tokens, which then come one by one in all of them at once; with the
+    """The long sequences whole but for their last three tokens, which then come one by one in both at once; with the
     second the longest gives a page back."""
-    starts = [n - 3 for n in flow.lengths]
-    flow.step([Part(s, 0, at) for s, at in enumerate(starts) if at])
+    starts = [n - 3 for n in flow.lengths[:2]]
+    flow.step([Part(s, 0, at) for s, at in enumerate(starts)])
     for i in range(3):
         flow.step([Part(s, at + i, at + i + 1) for s, at in enumerate(starts)])
 

@@ -80,13 +80,13 @@ def upload(
     wide, fields, keys, longest = tiles(np.where(lengths > 1, lengths, 0), rows), [single[:0]] * 4, 0, 0
     if absorb:
         wide, fields, keys, longest = latent_rows(batch, single, rows, page)
-    starts = flat_pages(batch, page)[1]
+    tables, common = batch.by_group, []
+    pages, (starts, *_) = zip(*(flat_pages(table, page) for table in tables), strict=True)
     parts = [batch.tokens, batch.positions, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts, single]
     parts += [wide, *fields]
-    tables, common = batch.by_group, []
-    for table in tables:
+    for table, flat in zip(tables, pages, strict=True):
         common.append(prefix.plan(table, single, page, len(single)))
-        parts += [table.slots, flat_pages(table, page)[0], single[:0] if common[-1] is None else common[-1]]
+        parts += [table.slots, flat, single[:0] if common[-1] is None else common[-1]]
     whole = pinned(parts, device).to(device, non_blocking=True).split([p.size for p in parts])
     tokens, positions, source, last, cu_q, kv_len, start, one, tile, absorbed, few, runs, begin, *each = whole
     which = latent.Rows(absorbed, few.view(-1, 3), runs.view(-1, 4), begin.view(-1, 3), keys, longest)
