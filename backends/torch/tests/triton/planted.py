@@ -63,5 +63,19 @@ def fnuz() -> Iterator[Launch]:
     yield "e4m3fnuz", lambda: _multiply(torch.float8_e4m3fnuz, 64, 64, 64)
 
 
+def gfx942() -> Iterator[Launch]:
+    yield from spills_waves()
+    yield from larger()
+    yield from ocp()
+    yield from fnuz()
+
+
+def gfx950() -> Iterator[Launch]:
+    yield from spills_waves()
+    yield from by_lanes()
+    yield from ocp()
+    yield from fnuz()
+
+
 def _multiply(dtype: torch.dtype, *shape: int, num_warps: int = 4) -> None:
     _product[(1,)](_empty(dtype), _empty(dtype), _empty(), *shape, num_warps=num_warps)
