@@ -19,6 +19,7 @@ from polyradix.backend.capabilities import FEATURES, KV_GROUPS, Capabilities, Un
 from polyradix.backend.protocol import (
     HOST_DTYPES,
     KV,
+    KV_DTYPES,
     Array,
     Collectives,
     Compiled,
@@ -110,7 +111,7 @@ class TPUBackend:
             page_sizes=(16, 32, 64, 128, 8),
             max_head_dim=256,
             head_dim_multiple=2,
-            features=FEATURES | {KV_GROUPS},
+            features=FEATURES | {KV_GROUPS, "kv_fp8"},
             async_launch=True,
             max_tp=len(devices),
             emulated=not self._real,
@@ -140,13 +141,13 @@ class TPUBackend:
 
     def kv_page_bytes(self, spec: KVSpec) -> int:
         check_kv(spec, self._mesh.size)
-        _dtype(spec.dtype, "KV")
+        _dtype(spec.dtype, "KV", KV_DTYPES)
         return kv_page_bytes(spec, self._mesh.size, self._lanes)
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
         check_kv(spec, self._mesh.size)
-        layer = jax.ShapeDtypeStruct(cache_shape(spec, pages, self._lanes), HOST_DTYPES[spec.dtype])
+        layer = jax.ShapeDtypeStruct(cache_shape(spec, pages, self._lanes), KV_DTYPES[spec.dtype])
         where = NamedSharding(self._mesh, cache_split(layer))
         return Cache([jnp.zeros(layer.shape, layer.dtype, device=where) for _ in range(spec.depth)], spec)
 
@@ -224,10 +225,10 @@ def _free(m: Memory) -> int:
     return m.free
 
 
-def _dtype(name: str, what: str) -> np.dtype[Any]:
-    if name not in HOST_DTYPES:
-        raise Unsupported(name, f"{what}; expected one of {sorted(HOST_DTYPES)}")
-    return HOST_DTYPES[name]
+def _dtype(name: str, what: str, known: dict[str, np.dtype[Any]] = HOST_DTYPES) -> np.dtype[Any]:
+    if name not in known:
+        raise Unsupported(name, f"{what}; expected one of {sorted(known)}")
+    return known[name]
 
 
 @partial(jax.jit, static_argnums=2)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from polyradix.backend.protocol import HOST_DTYPES, HostArray, KVSpec, ParamSpec
+from polyradix.backend.protocol import HOST_DTYPES, KV_DTYPES, HostArray, KVSpec, ParamSpec
 from polyradix.backend.shard import shard
 
 AXIS = "tp"
@@ -88,7 +88,7 @@ def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, ...]:
 
 def kv_page_bytes(spec: KVSpec, tp: int, lanes: int) -> int:
     """Bytes of one page on one device, all arrays."""
-    whole = spec.depth * prod(cache_shape(spec, 1, lanes)) * HOST_DTYPES[spec.dtype].itemsize
+    whole = spec.depth * prod(cache_shape(spec, 1, lanes)) * KV_DTYPES[spec.dtype].itemsize
     return whole if spec.kind == "latent" else whole // tp
 
 

@@ -28,7 +28,7 @@ from polyradix.backend.protocol import (
     MoeWeights,
 )
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels import Kernels
+from polyradix_tpu.kernels import XLA, Kernels
 from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.kernels.xla import precision, write_rows
 from polyradix_tpu.mesh import AXIS, Grouped, LayerKV, Packed
@@ -86,9 +86,10 @@ class JaxOps(Expansions):
         if isinstance(kv, LayerKV):
             out, array = self.attend(q, k, v, kv.array, m.of(kv.group), a)
             return out, replace(kv, array=array)
-        kv = self._kernels.write(k, v, kv, m)
+        kernels = XLA if kv.dtype == jnp.float8_e4m3fn else self._kernels  # Pallas' have no such cache
+        kv = kernels.write(k, v, kv, m)
         sinks = None if a.sinks is None else a.sinks.value
-        out = self._kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads), sinks=sinks))
+        out = kernels.attend(q, kv, m, replace(a, heads=self._local(a.heads), sinks=sinks))
         return out.reshape(len(q), -1), kv
 
     def attend_latent(

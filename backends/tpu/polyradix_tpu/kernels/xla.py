@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from polyradix.backend.protocol import AttnSpec
+from polyradix.backend.protocol import FLOAT8_MAX, AttnSpec
 from polyradix_tpu.batch import JaxMeta
 
 BUDGET = 1 << 27  # bytes of gathered keys and scores at once, beyond which tiles take turns
@@ -20,6 +20,8 @@ def precision(dtype: jnp.dtype) -> jax.lax.Precision:
 
 def write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
     """k and v [T,Hk,D] into their slots of kv [pages, page, 2*Hk, C], C >= D; in place where kv is donated."""
+    if kv.dtype == jnp.float8_e4m3fn:
+        k, v = (jnp.clip(x.astype(jnp.float32), -FLOAT8_MAX, FLOAT8_MAX) for x in (k, v))
     rows = jnp.stack([k, v], axis=2).reshape(len(k), kv.shape[2], k.shape[2])
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, kv.shape[3] - k.shape[2])))
     page = kv.shape[1]
@@ -35,8 +37,8 @@ def write_rows(rows: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
 def attend(q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
     """q [T,Hq,D] over kv [pages, page, 2*Hk, C], C >= D -> [T,Hq,D]."""
     context = m.shape.pages * kv.shape[1]
-    scores = 4 * a.heads.q * m.shape.tile * _runs(a.heads.dim, kv.dtype)
-    one = context * (2 * a.heads.kv * a.heads.dim * kv.dtype.itemsize + scores)
+    scores = 4 * a.heads.q * m.shape.tile * _runs(a.heads.dim, q.dtype)
+    one = context * (2 * a.heads.kv * a.heads.dim * q.dtype.itemsize + scores)
     group = max(1, min(m.shape.tiles, BUDGET // one))
     groups = -(-m.shape.tiles // group)
     rows, seqs = (jnp.pad(x, (0, groups * group - len(x))).reshape(groups, group) for x in (m.tile_row, m.tile_seq))
@@ -56,17 +58,17 @@ def _runs(dim: int, dtype: jnp.dtype) -> int:
 
 def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: JaxMeta, a: AttnSpec) -> jax.Array:
     """The tiles that start at rows `first` [C] of sequences `seqs` [C] -> [C*tile,Hq,D]."""
-    heads, exact = a.heads, precision(kv.dtype)
+    heads, exact = a.heads, precision(q.dtype)
     rows = jnp.minimum(first[:, None] + jnp.arange(m.shape.tile), m.shape.tokens - 1)  # [C,tile]
     group = q[rows].reshape(*rows.shape, heads.kv, heads.q // heads.kv, heads.dim)
-    held = kv[m.pages[seqs]][..., : heads.dim].reshape(len(seqs), -1, heads.kv, 2, heads.dim)
+    held = kv[m.pages[seqs]][..., : heads.dim].astype(q.dtype).reshape(len(seqs), -1, heads.kv, 2, heads.dim)
     at = jnp.arange(held.shape[1])
     keys, values = held[..., 0, :], held[..., 1, :]
     known = at < m.kv_len[seqs][:, None]
     if a.window is not None:
         known &= at > m.positions[rows[:, :1]] - a.window
     values = jnp.where(known[:, :, None, None], values, 0)  # 0 * garbage may be NaN
-    runs = _runs(heads.dim, kv.dtype)
+    runs = _runs(heads.dim, q.dtype)
     group, keys = (x.reshape(*x.shape[:-1], runs, heads.dim // runs) for x in (group, keys))
     score = jnp.einsum("cqhgsd,ckhsd->schgqk", group, keys, precision=exact, preferred_element_type=jnp.float32)
     score = score.sum(axis=0) * a.scale
@@ -84,6 +86,6 @@ def _tiles(first: jax.Array, seqs: jax.Array, q: jax.Array, kv: jax.Array, m: Ja
     total = p.sum(axis=-1) if sinks is None else p.sum(axis=-1) + jnp.exp(sinks - top)[..., 0]
     total = total.transpose(0, 3, 1, 2)[..., None]
     out = jnp.einsum(
-        "chgqk,ckhd->cqhgd", p.astype(kv.dtype), values, precision=exact, preferred_element_type=jnp.float32
+        "chgqk,ckhd->cqhgd", p.astype(q.dtype), values, precision=exact, preferred_element_type=jnp.float32
     )
     return (out / total).astype(q.dtype).reshape(-1, heads.q, heads.dim)
