@@ -89,7 +89,7 @@ def cache_shape(spec: KVSpec, pages: int, lanes: int) -> tuple[int, ...]:
 def kv_page_bytes(spec: KVSpec, tp: int, lanes: int) -> int:
     """Bytes of one page on one device, all arrays."""
     whole = spec.depth * prod(cache_shape(spec, 1, lanes)) * KV_DTYPES[spec.dtype].itemsize
-    return whole if spec.kind == "latent" else whole // tp
+    return int(whole if spec.kind == "latent" else whole // tp)
 
 
 def cache_split(layer: Any) -> PartitionSpec:

@@ -13,16 +13,19 @@ import triton.language as tl
 
 
 @triton.jit
-def wide(x, to: tl.constexpr):
-    """Numbers of any dtype, or as uint8 the bits of float8_e4m3fn -> `to`, exact for bfloat16 and float32."""
+def wide(x, to: tl.constexpr, NAN: tl.constexpr = True):
+    """Numbers of any dtype, or as uint8 the bits of float8_e4m3fn -> `to`, exact for bfloat16 and float32. Without NAN
+    there must be none: chips without the type take it for 480."""
     out = x
     if x.dtype == tl.uint8:
         bits = x.to(tl.uint32)
         size = bits & 127
-        nan = size + 1 & 128  # no comparison: those of many numbers take many scalar registers
         value = (size << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
         whole = value.to(tl.uint32, bitcast=True)
-        whole |= (nan << 23) - (nan << 19) | (bits & 128) << 24
+        whole |= (bits & 128) << 24
+        if NAN:
+            nan = size + 1 & 128  # no comparison: those of many numbers take many scalar registers
+            whole |= (nan << 23) - (nan << 19)
         if to == tl.bfloat16:
             out = (whole >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
         else:

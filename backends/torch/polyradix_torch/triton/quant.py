@@ -60,7 +60,7 @@ def _quant(
             if FOUR:
                 w = tl.reshape(tl.join(w & 15, w >> 4), (COLUMNS, DEPTH)).to(tl.float32)
                 w -= tl.load(zero + at).to(tl.float32)[:, None]
-            part = tl.dot(wide(w, a.dtype), tl.trans(a), input_precision="ieee")
+            part = tl.dot(wide(w, a.dtype, NAN=False), tl.trans(a), input_precision="ieee")
             acc += part * tl.load(scale + at)[:, None]
         if BIAS:
             acc += tl.load(bias + expert.to(tl.int64) * N + row).to(tl.float32)[:, None]
