@@ -91,3 +91,29 @@ def test_a_row_of_nan_spoils_no_other(scoring: Any) -> None:
     others = [1, 2, 3, 5, 6, 7]
     assert torch.equal(spoilt[others], clean[others])
     assert clean.isfinite().all()
+
+
+def test_ranks_add_up_their_own_experts() -> None:
+    """In float32, each its two of six, against NumPy float64; with biases and the clamped gate."""
+    spec = MoeSpec(6, 3, bias="logits", limit=2.0, alpha=1.7)
+    router, shift = normal(5, 6, 64, dtype=torch.float32), normal(9, 6, dtype=torch.float32)
+    gate_up, down, x = normal(6, 6, 32, 64) / 8, normal(7, 6, 64, 16) / 4, normal(8, 9, 64)
+    wide, narrow = normal(10, 6, 32), normal(11, 6, 64)
+    rows, weights = x.double().numpy(), [w.double().numpy() for w in (gate_up, wide, down, narrow)]
+    z = rows @ router.double().numpy().T + shift.double().numpy()
+    p, chosen = np.exp(z), np.argsort(-z, axis=1)[:, :3]
+    for first in (0, 2, 4):
+        here = slice(first, first + 2)
+        two = MoeWeights(
+            Router.of(router, shift), moe.Biased(gate_up[here], wide[here]), moe.Biased(down[here], narrow[here])
+        )
+        want = np.zeros((9, 64))
+        for t, ids in enumerate(chosen):
+            for e in set(ids) & {first, first + 1}:
+                gate, up = np.split(weights[0][e] @ rows[t] + weights[1][e], 2)
+                gate, up = np.minimum(gate, 2.0), np.clip(up, -2.0, 2.0)
+                inner = gate / (1 + np.exp(-1.7 * gate)) * (up + 1)
+                want[t] += p[t, e] / p[t, ids].sum() * (weights[2][e] @ inner + weights[3][e])
+        got = moe.moe(x, two, spec, first)
+        assert got.dtype == torch.float32
+        assert np.abs(got.double().numpy() - want).max() < 2.0**-7 * np.abs(want).max()
