@@ -7,19 +7,16 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from polyradix.engine.config import EngineConfig
 from polyradix.engine.core import EngineCore
 from polyradix.engine.messages import Chunk
 from polyradix.engine.offline import Engine
-from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.schedule.params import SamplingParams
 
 SOAK_SECONDS = float(os.environ.get("POLYRADIX_SOAK_SECONDS", "6"))
@@ -37,24 +34,16 @@ PROMPTS = [form.format(topic) for topic in TOPICS for form in FORMS]
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
-    path = Path(str(open_checkpoint("demo").source))
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
-
-
-@pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine("demo", device="cpu", dtype="bfloat16", max_context=512, kv_pages=600, max_tokens_per_step=256)
 
 
 @pytest.fixture(scope="module")
-def blur(reference: Any) -> float:
+def blur(demo_reference: Any) -> float:
     """What bfloat16 does to a logit: twice the largest error of the reference's own bfloat16 copy."""
-    rough = copy.deepcopy(reference).to(torch.bfloat16)
+    rough = copy.deepcopy(demo_reference).to(torch.bfloat16)
     ids = list(range(1000, 1064))
-    (ours,), (exact,) = (_logits(model, [ids[:8]], [ids[8:]]) for model in (rough, reference))
+    (ours,), (exact,) = (_logits(model, [ids[:8]], [ids[8:]]) for model in (rough, demo_reference))
     return float(2 * np.abs(ours - exact).max())
 
 
@@ -93,12 +82,12 @@ def _greedy(n: int) -> SamplingParams:
     return SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, logprobs=0)
 
 
-def test_bfloat16_follows_transformers_float32(engine: Engine, reference: Any, blur: float) -> None:
+def test_bfloat16_follows_transformers_float32(engine: Engine, demo_reference: Any, blur: float) -> None:
     """Where the two best logits are further apart than bfloat16 can blur, the token is the reference's."""
     prompts = [engine.tokenizer.encode(p) for p in PROMPTS]
     results = engine.generate(prompts, max_tokens=16, temperature=0, ignore_eos=True, logprobs=0)
     decided = 0
-    for exact, result in zip(_logits(reference, prompts, [r.tokens for r in results]), results, strict=True):
+    for exact, result in zip(_logits(demo_reference, prompts, [r.tokens for r in results]), results, strict=True):
         second, best = np.sort(exact, axis=1)[:, -2:].T
         clear = best - second > blur
         assert (exact.argmax(1) == result.tokens)[clear].all()
@@ -109,11 +98,11 @@ def test_bfloat16_follows_transformers_float32(engine: Engine, reference: Any, b
     assert decided > 250, "too few positions were clear enough to compare"
 
 
-def test_float32_equals_transformers(reference: Any) -> None:
+def test_float32_equals_transformers(demo_reference: Any) -> None:
     engine = Engine("demo", device="cpu", dtype="float32", max_context=256, kv_pages=600)
     prompts = [engine.tokenizer.encode(p) for p in PROMPTS]
     outputs = [r.tokens for r in engine.generate(prompts, max_tokens=16, temperature=0, ignore_eos=True)]
-    for exact, output in zip(_logits(reference, prompts, outputs), outputs, strict=True):
+    for exact, output in zip(_logits(demo_reference, prompts, outputs), outputs, strict=True):
         assert exact.argmax(1).tolist() == output
 
 

@@ -206,16 +206,14 @@ class Runner:
         return self.backend.fetch(logits).result()[0]
 
 
-def test_demo_model(backend: Backend) -> None:
+def test_demo_model(backend: Backend, demo_reference: Any) -> None:
     """The real weights: Q4_1 and Q8_0 dequantised, rope rows put back, against transformers' own reader of the file."""
-    pytest.importorskip("accelerate")
     path = fetch_demo()
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     tokenizer = load_tokenizer(open_checkpoint(str(path)))
     prompt = tokenizer.chat_prompt([{"role": "user", "content": "What is the capital of France?"}])
     ids = tokenizer.encode(prompt, add_special=False)
     run = Runner(backend, str(path))
-    want = reference(model, ids)
+    want = reference(demo_reference, ids)
     assert_close(run(ids[:-2], 0), want[-3])
     assert_close(run(ids[-2:-1], len(ids) - 2), want[-2])
     assert_close(run(ids[-1:], len(ids) - 1), want[-1])
