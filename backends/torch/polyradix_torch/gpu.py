@@ -149,9 +149,10 @@ class GpuBackend(TritonBackend):
         if not self._capture or limits is None or not batch.num_tokens == batch.num_seqs <= limits.max_seqs:
             return super().prepare(batch, prev)
         batch.check_prev(prev)
-        kind, s = (limits.max_seqs, self._page, self._share, self._groups), self._static
-        if s is None or (s.most, s.page, s.share, s.groups) != kind:
-            self._static = s = StaticBatch(limits, self._page, self._device, self._share, self._groups)
+        which = self._latent, self._share
+        kind, s = (limits.max_seqs, self._page, which, self._groups), self._static
+        if s is None or (s.most, s.page, s.kind, s.groups) != kind:
+            self._static = s = StaticBatch(limits, self._page, self._device, *which, self._groups)
         s.load(batch)
         if prev is not None:
             tokens, source = (s.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))

@@ -41,8 +41,11 @@ class StaticBatch:
     the first, then the pages of `page` tokens of all groups. `share`: first keys that sequences have in common may be
     read once."""
 
-    def __init__(self, limits: Limits, page: int, device: torch.device, share: bool = True, groups: int = 1) -> None:
-        self.most, self.page, self.device, self.share = limits.max_seqs, page, device, share
+    def __init__(
+        self, limits: Limits, page: int, device: torch.device, latent: bool = False, share: bool = True,
+        groups: int = 1,
+    ) -> None:  # fmt: skip
+        self.most, self.page, self.device, self.kind = limits.max_seqs, page, device, (latent, share)
         self.context, self.groups = limits.max_context, groups
         most, room = self.most, groups * self.most * -(-limits.max_context // page) + 1
         self.lines = len(FIELDS) + 2 * (groups - 1)
@@ -69,7 +72,8 @@ class StaticBatch:
         host = pinned([rows, *pages, np.zeros(1, np.int32)], self.device)
         self.buffer[: len(host)].copy_(host, non_blocking=True)
         single = np.arange(n, dtype=np.int32)
-        plans = [prefix.plan(table, single, self.page, self.most) if self.share else None for table in tables]
+        latent, share = self.kind
+        plans = [prefix.plan(table, single, self.page, self.most, latent) if share else None for table in tables]
         self.shared = any(plan is not None for plan in plans)
         if self.shared:
             none = np.zeros(self.plan.shape[1], np.int32)
@@ -113,7 +117,7 @@ class Graphs:
             self._bound, self._made, self._pool = bound, {}, None
         size = next(n for n in static.sizes if n >= seqs)
         first = not self._made and size >= prefix.LEAST_MEMBERS  # of all: both are made, so that kernels are compiled
-        for shared in {static.shared, static.shared or (first and static.share)}:
+        for shared in {static.shared, static.shared or (first and static.kind[1])}:
             if (size, shared) not in self._made:
                 self._made[size, shared] = self._capture(params, kv, static, size, shared)
         graph, logits, _ = self._made[size, static.shared]

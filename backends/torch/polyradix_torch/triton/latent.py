@@ -367,10 +367,10 @@ def _mean(
         num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     if slots > 1:
-        chunk = min(256 // size, _padded(rank))
+        chunk = min(256 // size if count * heads < 1024 else 1024 // size, _padded(rank))
         _join[(count * heads, triton.cdiv(rank, chunk))](
             part, lse, mean, parts, heads, splits, slots, rank, chunk, triton.next_power_of_2(slots),
-            shared is not None, **early(device), num_warps=2,
+            shared is not None, **early(device), num_warps=2 if chunk * size <= 256 else 8,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from polyradix_torch.triton.cuts import cut
 from polyradix_torch.triton.early import early, start
 
 # By bytes of a number, on chips with little and with MUCH shared memory: queries (sequences times heads) of a program.
-SHARED = {2: (Plan(32, 8, 2, 32), Plan(32, 8, 3, 64)), 4: (Plan(16, 8, 1, 16), Plan(16, 8, 1, 16))}
+SHARED = {2: (Plan(32, 8, 2, 32), Plan(64, 8, 3, 64)), 4: (Plan(16, 8, 1, 16), Plan(16, 8, 1, 16))}
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _common(
     absorbed, turned, cache, part, lse, single, cu_q, kv_len, page_start, pages, members, items, scale, attn_scale,
     floor_scale, H, splits, EACH: tl.constexpr, HEADS: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     ROPE: tl.constexpr, OP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    WARM: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One item of a plan: rows of a tile are HEADS heads of up to EACH sequences. All see all of its keys."""
     start(EARLY)
@@ -53,7 +53,10 @@ def _common(
     token = tl.load(cu_q + s).to(tl.int64) * H + h
     inside = rows[:, None] & (d < ROPE)[None, :]
     q_rope = tl.load(turned + token[:, None] * ROPE + d[None, :], mask=inside, other=0.0)
-    log2 = unit(scale, attn_scale, floor_scale, tl.load(kv_len + s) - 1)
+    log2 = scale * LOG2E
+    if WARM:
+        warm = unit(scale, attn_scale, floor_scale, tl.load(kv_len + s) - 1)
+        log2 = warm[:, None]
     own = pages + tl.load(page_start + tl.load(single + tl.load(mine)))
     top = tl.full((EACH * HEADS,), -1e30, tl.float32)
     total = tl.zeros((EACH * HEADS,), tl.float32)
@@ -65,7 +68,7 @@ def _common(
         c = tl.load(held + r[None, :], mask=(r < R)[None, :], other=0.0)
         k = tl.load(held + R + d[None, :], mask=(d < ROPE)[None, :], other=0.0)
         score = dot(q, tl.trans(c), tl.zeros((EACH * HEADS, BLOCK), tl.float32), PRECISION)
-        score = dot(q_rope, tl.trans(k), score, PRECISION) * log2[:, None]
+        score = dot(q_rope, tl.trans(k), score, PRECISION) * log2
         new = tl.maximum(top, tl.max(score, 1))
         fix = tl.exp2(top - new)
         p = tl.exp2(score - new[:, None])
@@ -95,8 +98,8 @@ def launch(
     _common[(len(x.items), triton.cdiv(MEMBERS, each), triton.cdiv(heads, together))](
         absorbed, turned, cache, part, lse, at.single, at.cu_q, at.kv_len, at.page_start, at.pages, x.members, x.items,
         a.scale, a.attn_scale, a.floor_scale, heads, splits, each, together, rank, padded(rank), a.rope,
-        padded(a.rope), cache.shape[1], min(plan.keys, UNIT), slots, _precision(absorbed), **early(absorbed.device),
-        num_warps=plan.warps, num_stages=plan.stages,
+        padded(a.rope), cache.shape[1], min(plan.keys, UNIT), slots, a.attn_scale != 0, _precision(absorbed),
+        **early(absorbed.device), num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
 
 

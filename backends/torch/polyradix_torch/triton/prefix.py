@@ -12,6 +12,9 @@ from polyradix_torch.triton.attention import MEMBERS, MOST_PARTS, UNIT, Shared
 LEAST_KEYS = 256  # shared by a group
 LEAST_MEMBERS = 4  # of a group
 LEAST_SAVED = 16384  # keys that a step need not read again; fewer do not pay for two more kernels
+LEAST_SAVED_LATENT = (
+    1 << 18
+)  # of latent rows, whose shared ones are bound by products: 130,000 saved did not pay on an H200
 ITEMS = 32  # to have when there are few groups: with 8 kv heads, two programs for every processor of an H100
 
 
@@ -20,9 +23,9 @@ def most_items(rows: int) -> int:
     return ITEMS + rows // LEAST_MEMBERS
 
 
-def plan(batch: HostBatch, single: I32, page: int, room: int) -> I32 | None:
+def plan(batch: HostBatch, single: I32, page: int, room: int, latent: bool = False) -> I32 | None:
     """What `view` takes, for the sequences `single` of one row each, up to `room`; None where sharing does not pay."""
-    found = groups(batch, single, page)
+    found = groups(batch, single, page, LEAST_SAVED_LATENT if latent else LEAST_SAVED)
     if found is None:
         return None
     rows, counts, common = found
@@ -43,9 +46,9 @@ def plan(batch: HostBatch, single: I32, page: int, room: int) -> I32 | None:
     return out
 
 
-def groups(batch: HostBatch, single: I32, page: int) -> tuple[I32, I32, I32] | None:
+def groups(batch: HostBatch, single: I32, page: int, saved: int | None = None) -> tuple[I32, I32, I32] | None:
     """Places in `single`, group by group; how many are in each; and how many first keys, all of them older than this
-    batch, those share."""
+    batch, those share. None where fewer than `saved` keys (LEAST_SAVED) need not be read again."""
     depth = -(-LEAST_KEYS // page) - 1  # members of a group have the same page here
     if len(single) < LEAST_MEMBERS or batch.pages.shape[1] <= depth:
         return None
@@ -65,7 +68,7 @@ def groups(batch: HostBatch, single: I32, page: int) -> tuple[I32, I32, I32] | N
         np.minimum.reduceat(np.minimum(whole, batch.kv_len[seqs] - np.diff(batch.cu_q)[seqs]), starts) // UNIT * UNIT
     )
     kept = common >= LEAST_KEYS
-    if (common * (counts - 1))[kept].sum() < LEAST_SAVED:
+    if (common * (counts - 1))[kept].sum() < (LEAST_SAVED if saved is None else saved):
         return None
     return *_only(kept, rows, counts), common[kept].astype(np.int32)
 

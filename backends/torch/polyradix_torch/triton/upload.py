@@ -85,7 +85,7 @@ def upload(
     parts = [batch.tokens, batch.positions, batch.from_prev, batch.last, batch.cu_q, batch.kv_len, starts, single]
     parts += [wide, *fields]
     for table, flat in zip(tables, pages, strict=True):
-        common.append(prefix.plan(table, single, page, len(single)))
+        common.append(prefix.plan(table, single, page, len(single), absorb))
         parts += [table.slots, flat, single[:0] if common[-1] is None else common[-1]]
     whole = pinned(parts, device).to(device, non_blocking=True).split([p.size for p in parts])
     tokens, positions, source, last, cu_q, kv_len, start, one, tile, absorbed, few, runs, begin, *each = whole

@@ -10,12 +10,18 @@ from test_attention import GROUPS, batch_of, close, slots_of, small
 
 from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import LatentSpec, LatentWeights, Limits
-from polyradix_torch.triton import latent, latent_prefix
+from polyradix_torch.triton import latent, latent_prefix, prefix
 from polyradix_torch.triton.capture import StaticBatch
 from polyradix_torch.triton.ops import TritonOps
 from polyradix_torch.triton.upload import upload
 
 __all__ = ["small"]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are worth sharing."""
+    monkeypatch.setattr(prefix, "LEAST_SAVED_LATENT", 1)
 
 
 def normal(dtype: torch.dtype, seed: int, *shape: int) -> torch.Tensor:
@@ -123,7 +129,7 @@ def test_padding_rows() -> None:
     """Rows beyond a batch change none of it."""
     page, size, dtype = 4, 16, torch.float32
     a = LatentSpec(2, 16, 8, 8, 8, 0.3, 1e-6)
-    batch, static = batch_of(((6, 48), (4, 35)), page), StaticBatch(Limits(64, 40, 96), page, CPU)
+    batch, static = batch_of(((6, 48), (4, 35)), page), StaticBatch(Limits(64, 40, 96), page, CPU, latent=True)
     static.load(batch)
     assert static.shared
     w, n = weights(a, dtype), batch.num_seqs
