@@ -11,23 +11,14 @@ from __future__ import annotations
 import torch
 
 from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
-from polyradix_torch.quant import Codes
-from polyradix_torch.triton import moe, quant
+from polyradix_torch.triton import codes, moe, quant
 from polyradix_torch.triton.tune import microseconds
+from polyradix_torch.triton.tune_codes import weight
 
 SHAPES = ((1536, 7168), (24576, 1536), (7168, 16384), (36864, 7168), (7168, 18432), (6144, 4096), (4096, 14336))
 BLOCKS = Quant("fp8", (128, 128)), Quant("int4", (1, 128))
 COUNTS = (1, 16, 64, 256, 2048)
 TURNS = 256 << 20  # bytes of weights that take turns
-
-
-def weight(q: Quant, *shape: int) -> Codes:
-    (*outer, out, width), (rows, columns), four = shape, q.block, q.format == "int4"
-    blocks = *outer, -(-out // rows), -(-width // columns)
-    codes = torch.randint(0, 0x60, (*outer, out, width // 2 if four else width), device="cuda", dtype=torch.uint8)
-    scale = (0.5 + torch.rand(blocks, device="cuda")) / (8 * width**0.5)
-    zero = torch.randint(0, 16, blocks, device="cuda", dtype=torch.uint8) if four else None
-    return Codes(q, codes if four else codes.view(torch.float8_e4m3fn), scale, zero)
 
 
 def linears() -> None:
@@ -39,8 +30,8 @@ def linears() -> None:
             each = [weight(q, n, k) for _ in range(max(2, TURNS // q.bytes((n, k))))]
             for m, x in plain.items():
                 want = x.double() @ each[0].weight().double().t()
-                error = float((quant.product(x, each[0]).double() - want).abs().max() / want.abs().max())
-                us = microseconds(lambda w, x=x: quant.product(x, w), each, len(each))
+                error = float((codes.product(x, each[0]).double() - want).abs().max() / want.abs().max())
+                us = microseconds(lambda w, x=x: codes.product(x, w), each, len(each))
                 rate = f"{q.bytes((n, k)) / us / 1e6:.2f} TB/s, {2 * m * n * k / us / 1e6:.0f} TFLOP/s"
                 print(f"{q.format:5}{m:5} x {n:6} x {k:6} {us:8.1f} us ({rate}), torch bf16 {torch_us[m]:8.1f} us, "
                       f"error {error:.1e} of the largest")  # fmt: skip

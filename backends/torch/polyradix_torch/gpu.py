@@ -41,9 +41,9 @@ from polyradix_torch.quant import Codes
 from polyradix_torch.sample import sample
 from polyradix_torch.triton import attention, latent
 from polyradix_torch.triton.capture import Graphs, StaticBatch, sizes, splits_for
+from polyradix_torch.triton.codes import fits
 from polyradix_torch.triton.moe import Biased, Router
 from polyradix_torch.triton.ops import GpuMeta, TritonOps
-from polyradix_torch.triton.quant import fits
 from polyradix_torch.triton.rows import argmax, take_previous
 from polyradix_torch.triton.upload import upload
 

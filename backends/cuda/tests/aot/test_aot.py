@@ -20,7 +20,8 @@ def test_every_kernel() -> None:
     assert why == ""
     assert [o for b in built for o in b.objections] == []
     every = "_norm _rope _gated _write _best _best_of _take _product _wide _decode _merge _prefill _prefix _common"
-    every += " _logits _route _experts _sum _prepare _absorbed _join _finish _gather _expanded _quant _rank"
+    every += " _logits _route _experts _sum _prepare _absorbed _join _finish _gather _expanded"
+    every += " _codes _dense _quant _rank"
     assert {b.kernel for b in built} == set(every.split())
 
 

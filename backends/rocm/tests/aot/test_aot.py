@@ -23,7 +23,8 @@ def test_what_is_served(chip: str) -> None:
     assert why == ""
     assert [f"{b.launch} {b.kernel}: {o}" for b in built for o in b.objections] == []
     every = "_norm _rope _gated _write _best _best_of _take _decode _merge _prefill _prefix _common"
-    every += " _logits _route _experts _sum _prepare _absorbed _join _finish _gather _expanded _quant _rank _slots"
+    every += " _logits _route _experts _sum _prepare _absorbed _join _finish _gather _expanded"
+    every += " _codes _dense _quant _rank _slots"
     assert {b.kernel for b in built} == set(every.split())
 
 

@@ -12,7 +12,7 @@ import triton
 
 from polyradix.backend.protocol import AttnSpec, Heads, LatentSpec, LatentWeights, MoeSpec, MoeWeights, Quant
 from polyradix_torch.quant import Codes
-from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
+from polyradix_torch.triton import attention, codes, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.skinny import Tile
 
 BF16, F32, EIGHT = torch.bfloat16, torch.float32, torch.float8_e4m3fn
@@ -200,14 +200,17 @@ def of_quantised() -> Iterator[Launch]:
         Quant("int4", (1, 128)),
         Quant("int4", (1, 32)),
     )
-    for q, tokens in ((block, 4), (block, 64), (block, 8192), (channel, 64), (group, 4), (group, 8192), (small, 4)):
+    counts = [(q, tokens) for q in (block, group) for tokens in (16, 64, 128, 8192)] + [(channel, 32), (small, 4)]
+    for q, tokens in counts:
         name = f"{q.format} {q.block[0]}x{q.block[1]} M{tokens}"
-        yield name, partial(quant.product, empty(tokens, 4096), quantised(q, 8192, 4096))
-    router = moe.Router(empty(1, 64, 2048), None)
-    weights = MoeWeights(router, quantised(block, 64, 2 * 1408, 2048), quantised(block, 64, 2048, 1408))
-    yield "64 experts fp8", lambda: quant.experts(empty(200, 2048), weights, MoeSpec(64, 6))
-    biased = MoeWeights(router, *(moe.Biased(w, empty(*w.codes.shape[:2])) for w in (weights.gate_up, weights.down)))
-    yield "64 experts fp8 clamped", lambda: quant.experts(empty(200, 2048), biased, MoeSpec(64, 6, limit=7.0))
+        yield name, partial(codes.product, empty(tokens, 4096), quantised(q, 8192, 4096))
+    yield "fp8 float32", partial(codes.product, empty(64, 4096, dtype=F32), quantised(block, 8192, 4096))
+    for q in (block, group):
+        for tokens in (4, 2048):
+            routes = moe.Routes(empty(tokens, 6, dtype=F32), integers(64, tokens), integers(64))
+            given = empty(tokens, 2048), quantised(q, 64, 2 * 1408, 2048), routes, empty(64, 2 * 1408)
+            yield f"64 experts {q.format} M{tokens}", partial(quant.product, *given)
+    yield "clamped", lambda: rows.gated(empty(64, 2816), "silu", (1.0, 7.0))
 
 
 def quantised(q: Quant, *shape: int) -> Codes:

@@ -14,7 +14,7 @@ from polyradix_torch.indexer import Indexed, turned
 from polyradix_torch.moe import share
 from polyradix_torch.ops import GATES, Linear, Products
 from polyradix_torch.quant import QuantLinear
-from polyradix_torch.triton import attention, latent, moe, quant, rows, skinny, sparse
+from polyradix_torch.triton import attention, codes, latent, moe, quant, rows, skinny, sparse
 from polyradix_torch.triton.attention import Paged
 
 
@@ -77,7 +77,7 @@ class TritonOps(Products):
 
     def linear(self, x: torch.Tensor, w: Linear | QuantLinear) -> torch.Tensor:
         if isinstance(w, QuantLinear):
-            return quant.product(x, w.codes, w.bias)
+            return codes.product(x, w.codes, w.bias)
         tile = skinny.chosen("linear", x, w.weight)
         return super().linear(x, w) if tile is None else skinny.product(x, w.weight, w.bias, tile)
 

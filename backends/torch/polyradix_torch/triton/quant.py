@@ -1,6 +1,4 @@
-"""Products with weights kept quantised, of all rows or grouped by expert: codes become the dtype of x, which is exact,
-and a block's sum is scaled in float32. Lists of pairs are those of moe.py.
-"""
+"""Experts with weights kept quantised: products grouped by expert. Lists of pairs are those of moe.py."""
 
 from __future__ import annotations
 
@@ -8,94 +6,63 @@ import torch
 import triton
 import triton.language as tl
 
-from polyradix.backend.protocol import MoeSpec, MoeWeights, Quant
+from polyradix.backend.protocol import MoeSpec, MoeWeights
 from polyradix_torch.quant import Codes
 from polyradix_torch.triton import moe, rows
+from polyradix_torch.triton.codes import Cut, chosen_experts, given, native, paired, span, units
 from polyradix_torch.triton.early import early, start
-from polyradix_torch.triton.eight import readable, wide
-
-LEAST = 16  # columns that the matrix units take
 
 
-@triton.jit(do_not_specialize=["M", "T"])
+@triton.jit(do_not_specialize=["T"])
 def _quant(
-    x, codes, scale, zero, bias, out, lists, counts, M, T, E, N, K, EACH, WIDE,
-    TALL: tl.constexpr, FOUR: tl.constexpr, BIAS: tl.constexpr, ROUTED: tl.constexpr, EP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    x, codes, scale, zero, bias, out, lists, counts, T, E, N, K, EACH, WIDE,
+    TALL: tl.constexpr, FOUR: tl.constexpr, BIAS: tl.constexpr, EP: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, LEFT: tl.constexpr, FOLD: tl.constexpr,
+    EVEN: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [M/EACH,K], codes [E,N,K], two a byte if FOUR -> [M,N]. The weight is the left operand: the matrix units take
-    64 of its rows. DEPTH columns are in one block."""
+    """x [pairs/EACH,K], or of pairs of columns if FOUR, codes [E,N,K], two a byte if FOUR -> [pairs,N]."""
     start(EARLY)
     tile, column = tl.program_id(0) // tl.cdiv(N, COLUMNS), tl.program_id(0) % tl.cdiv(N, COLUMNS)
-    place = tl.arange(0, ROWS)
-    if ROUTED:
-        e = tl.arange(0, EP)
-        count = tl.load(counts + e, mask=e < E, other=0)
-        tiles = (count + ROWS - 1) // ROWS
-        expert = tl.sum((tl.cumsum(tiles) <= tile).to(tl.int32))
-        place += (tile - tl.sum(tl.where(e < expert, tiles, 0))) * ROWS
-        mine = place < tl.sum(tl.where(e == expert, count, 0))
-        pair = tl.load(lists + expert.to(tl.int64) * T + place, mask=mine, other=0)
-    else:
-        expert = tile * 0
-        place += tile * ROWS
-        mine = place < M
-        pair = tl.minimum(place, M - 1)
+    e, place = tl.arange(0, EP), tl.arange(0, ROWS)
+    count = tl.load(counts + e, mask=e < E, other=0)
+    tiles = (count + ROWS - 1) // ROWS
+    expert = tl.sum((tl.cumsum(tiles) <= tile).to(tl.int32))
+    place += (tile - tl.sum(tl.where(e < expert, tiles, 0))) * ROWS
+    mine = place < tl.sum(tl.where(e == expert, count, 0))
+    pair = tl.load(lists + expert.to(tl.int64) * T + place, mask=mine, other=0)
     if expert < E:
         n = column * COLUMNS + tl.arange(0, COLUMNS)
         row = tl.minimum(n, N - 1)
         PACK: tl.constexpr = 2 if FOUR else 1
         block = (expert * tl.cdiv(N, TALL) + row // TALL) * tl.cdiv(K, WIDE)
-        left = codes + (row.to(tl.int64) + expert * N)[:, None] * (K // PACK)
-        right = x + (pair // EACH).to(tl.int64)[:, None] * K
-        acc = tl.zeros((COLUMNS, ROWS), tl.float32)
-        for k in range(0, K, DEPTH):
-            c, p = k + tl.arange(0, DEPTH)[None, :], k // PACK + tl.arange(0, DEPTH // PACK)[None, :]
-            if EVEN:
-                a, w = tl.load(right + c), tl.load(left + p)
-            else:
-                a = tl.load(right + c, mask=c < K, other=0.0)
-                w = tl.load(left + p, mask=p < K // PACK, other=0.0)
-            at = block + k // WIDE
-            if FOUR:
-                w = tl.reshape(tl.join(w & 15, w >> 4), (COLUMNS, DEPTH)).to(tl.float32)
-                w -= tl.load(zero + at).to(tl.float32)[:, None]
-            part = tl.dot(wide(w, a.dtype, NAN=False), tl.trans(a), input_precision="ieee")
-            acc += part * tl.load(scale + at)[:, None]
+        left = codes + (row.to(tl.int64) + expert.to(tl.int64) * N) * (K // PACK)
+        right = x + (pair // EACH).to(tl.int64) * (K // PACK)
+        acc = units(right, mine, left, scale, zero, block, K, 0, K, WIDE, out.dtype.element_ty, ROWS, COLUMNS, DEPTH,
+                    STEPS, FOUR, LEFT, FOLD, TALL % COLUMNS == 0, EVEN, NATIVE)  # fmt: skip
+        if LEFT:
+            acc = tl.trans(acc)
         if BIAS:
-            acc += tl.load(bias + expert.to(tl.int64) * N + row).to(tl.float32)[:, None]
+            acc += tl.load(bias + expert.to(tl.int64) * N + row).to(tl.float32)[None, :]
         to = out + pair.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(to, tl.trans(acc).to(out.dtype.element_ty), mask=mine[:, None] & (n < N)[None, :])
-
-
-def fits(quant: Quant, width: int) -> bool:
-    """Whether the kernel has products for such blocks of a weight of so many columns."""
-    return _depth(quant, width) >= LEAST
-
-
-def _depth(quant: Quant, width: int) -> int:
-    """The most columns at a time, a power of two."""
-    columns = quant.block[1]
-    return 128 if columns >= width else columns & -columns
+        tl.store(to, acc.to(out.dtype.element_ty), mask=mine[:, None] & (n < N)[None, :])
 
 
 def product(
-    x: torch.Tensor, w: Codes, bias: torch.Tensor | None = None, routes: moe.Routes | None = None
+    x: torch.Tensor, w: Codes, routes: moe.Routes, bias: torch.Tensor | None = None, cut: Cut | None = None
 ) -> torch.Tensor:
-    """x [M,K] times w [N,K], plus bias [N] -> [M,N], summed in float32 and rounded once. With `routes` x [pairs,K], or
-    [T,K] for the experts of a token alike, times w [E,N,K], plus bias [E,N], of each pair's expert -> [pairs,N]."""
-    x, (n, k) = x.contiguous(), (w.codes.shape[-2], x.shape[1])
-    pairs, experts = (len(x), 1) if routes is None else (routes.weights.numel(), len(w.codes))
-    b = moe.planned(x, pairs if routes is None else routes.each, gated=False)
-    depth = min(b.depth, _depth(w.quant, k))
-    tiles = triton.cdiv(pairs, b.rows) if routes is None else min(pairs, pairs // b.rows + experts)
-    out = x.new_zeros(pairs, n) if routes is not None and routes.others else x.new_empty(pairs, n)
-    lists, counts = (out, out) if routes is None else (routes.lists, routes.counts)
-    _quant[(tiles * triton.cdiv(n, b.columns),)](
-        x, readable(w.codes), w.scale, w.scale if w.zero is None else w.zero, out if bias is None else bias, out,
-        lists, counts, pairs, lists.shape[1], experts, n, k, pairs // max(1, len(x)), *w.quant.block[::-1],
-        w.zero is not None, bias is not None, routes is not None, triton.next_power_of_2(experts), b.rows, b.columns,
-        depth, k % depth == 0, **early(x.device), num_warps=b.warps, num_stages=b.stages,
+    """x [pairs,K], or [T,K] for the experts of a token alike, times w [E,N,K], plus bias [E,N], of each pair's expert
+    -> [pairs,N], summed in float32 and rounded once."""
+    (experts, n), k, pairs = w.codes.shape[:2], x.shape[1], routes.weights.numel()
+    b = cut or chosen_experts(x, w, routes.each)
+    depth = min(b.depth, span(w.quant, k))
+    tiles = min(pairs, pairs // b.tokens + experts)
+    out = x.new_zeros(pairs, n) if routes.others else x.new_empty(pairs, n)
+    _quant[(tiles * triton.cdiv(n, b.rows),)](
+        paired(x, w.quant), *given(w),
+        out if bias is None else bias, out, routes.lists, routes.counts, routes.lists.shape[1], experts, n, k,
+        pairs // max(1, len(x)), w.quant.block[1], w.quant.block[0], w.zero is not None, bias is not None,
+        triton.next_power_of_2(experts), b.tokens, b.rows, depth, max(1, b.depth // depth), b.form == "left", b.fold,
+        k % b.depth == 0, native(x.device), **early(x.device), num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
     return out
 
@@ -110,7 +77,7 @@ def experts(x: torch.Tensor, w: MoeWeights, s: MoeSpec, first: int | None = None
 
 def _product(x: torch.Tensor, w: Codes | torch.Tensor | moe.Biased, routes: moe.Routes) -> torch.Tensor:
     weight, bias = w if isinstance(w, moe.Biased) else (w, None)
-    return product(x, weight, bias, routes) if isinstance(weight, Codes) else moe.product(x, w, routes, False)
+    return product(x, weight, routes, bias) if isinstance(weight, Codes) else moe.product(x, w, routes, False)
 
 
 def stays(w: MoeWeights) -> bool:

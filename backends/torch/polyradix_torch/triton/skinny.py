@@ -205,7 +205,7 @@ def _processors(device: torch.device) -> int:
 
 
 @cache
-def _arrived(device: torch.device) -> torch.Tensor:
+def arrivals(device: torch.device) -> torch.Tensor:
     """Parts that are there, by tile. Zero between launches, each of which sets it back; one stream uses it."""
     return torch.zeros(TILES, dtype=torch.int32, device=device)
 
@@ -229,7 +229,7 @@ def product(
         if tiles > TILES:
             raise ValueError(f"{tiles} tiles of {tile.rows} rows cannot be split; expected at most {TILES}")
         parts = torch.empty(tile.splits, tiles, each, tile.rows, dtype=torch.float32, device=x.device)
-        arrived = _arrived(x.device)
+        arrived = arrivals(x.device)
     rest = w if bias is None else bias, out, parts, arrived, count, n, k
     how = kind == "gated", bias is not None, tile.splits > 1
     if tile.tokens:

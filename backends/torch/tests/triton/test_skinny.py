@@ -93,7 +93,7 @@ def test_parts_of_many_rows(tile: Tile) -> None:
     x, w, bias = normal(rng, 40, 136), normal(rng, 72, 136), normal(rng, 72)
     for splits in (2, 3, 2):
         check(product(x, w, bias, replace(tile, splits=splits)), expected(x, w, bias, "linear"))
-        assert not skinny._arrived(x.device).any()
+        assert not skinny.arrivals(x.device).any()
 
 
 def test_a_gate_over_parts() -> None:
@@ -119,7 +119,7 @@ def test_parts_are_joined_again_and_again() -> None:
         got = product(x, w, None, replace(LANES, splits=2 + 3 * which))
         check(got, expected(x, w, None, "linear"))
         assert torch.equal(seen.setdefault(which, got), got)
-        assert not skinny._arrived(x.device).any()
+        assert not skinny.arrivals(x.device).any()
 
 
 def test_more_tiles_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
