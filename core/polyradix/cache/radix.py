@@ -384,7 +384,7 @@ class RadixCache:
     def _put(self, node: Node, end: int, window: Sequence[Block]) -> None:
         """Take the blocks that are not there yet; the last one ends at `node`, `end` blocks from the root."""
         first = self._groups.first(end * self.page_size, self.page_size)
-        start = end
+        start, loose = end, list[Block]()
         for at, block in zip(range(end - 1, -1, -1), reversed(window), strict=False):
             while at < (start := end - len(node.pages) // self._entry):
                 assert node.parent is not None
@@ -397,7 +397,8 @@ class RadixCache:
                 self.version += 1
                 if at < first:
                     block.loose = True
-                    self._loose.append(block)
+                    loose.append(block)
+        self._loose.extend(reversed(loose))
 
     def _place(self, block: Block, node: Node, index: int) -> None:
         block.node, block.index = node, index
