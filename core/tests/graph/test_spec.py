@@ -11,6 +11,7 @@ from polyradix.backend.protocol import Heads, KVSpec
 from polyradix.graph.errors import ModelError
 from polyradix.graph.rope import Rope
 from polyradix.graph.spec import ARCHITECTURES, ModelSpec
+from polyradix.graph.windows import layer_groups
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -98,6 +99,26 @@ def test_windows(name: str, given: dict[str, Any], want: Collection[int]) -> Non
     got = family(name, **given)
     assert (got.window, got.windowed) == (32 if want else None, frozenset(want))
     assert ("window" in got.needs("float32").features) == bool(want)
+
+
+@pytest.mark.parametrize(
+    ("layers", "full", "want"),
+    [
+        (3, {1}, ((1,), (0,), (2,))),
+        (4, {1, 3}, ((1, 3), (0, 2))),
+        (7, {6}, ((6,), *((i,) for i in range(6)))),
+        (18, {5, 11, 17}, ((5, 11, 17), (0, 1, 2), (3, 4, 6), (7, 8, 9), (10, 12, 13), (14, 15, 16))),
+        (4, set(), ()),
+        (4, {0, 1, 2, 3}, ()),
+    ],
+)
+def test_layers_of_one_kind_form_groups(layers: int, full: set[int], want: Collection[tuple[int, ...]]) -> None:
+    assert layer_groups(layers, frozenset(range(layers)) - full) == want
+
+
+def test_groups_cost_few_layers() -> None:
+    """34 layers, 5 of them full: 6 groups of 5 for the others cost one layer more, and groups of one would be 34."""
+    assert [len(group) for group in layer_groups(34, frozenset(i for i in range(34) if (i + 1) % 6))] == [5] * 6 + [4]
 
 
 def test_eos_ids_are_joined() -> None:
