@@ -154,19 +154,20 @@ class EngineCore:
 
     def _page_count(self, config: EngineConfig, page_bytes: int) -> int:
         """Pages including the scratch page, from the option or from the free memory, but no more than can be used."""
-        per_seq = -(-self.max_context // self.page_size) * self.groups.count
+        groups = self.groups.count
         if config.kv_pages is not None:
+            if config.kv_pages <= groups:
+                raise ConfigError(f"kv_pages is {config.kv_pages}; expected more than {groups}, the groups of layers")
             return config.kv_pages
         memory = self.backend.memory()
         fraction = config.mem_fraction or self.backend.caps.mem_fraction
         pages = int(memory.free * fraction) // page_bytes
-        least = 1 + self.groups.count
-        if pages < least:
+        if pages <= groups:
             raise ConfigError(
-                f"mem_fraction {fraction} of {memory.free:,} free bytes holds {pages} KV pages of "
-                f"{page_bytes:,} bytes; at least {least} are needed: free memory, raise mem_fraction or lower page_size"
+                f"mem_fraction {fraction} of {memory.free:,} free bytes holds {pages} KV pages of {page_bytes:,} "
+                f"bytes; at least {groups + 1} are needed: free memory, raise mem_fraction or lower page_size"
             )
-        return min(pages, per_seq * config.max_seqs + 1)
+        return min(pages, -(-self.max_context // self.page_size) * groups * config.max_seqs + 1)
 
     @property
     def has_work(self) -> bool:
@@ -289,6 +290,7 @@ class EngineCore:
             "max_context": self.max_context,
             "page_size": self.page_size,
             "kv_pages": self.pages - 1,
+            "kv_groups": self.groups.count,
             "batch_invariant": caps.batch_invariant,
             "overlapped": self._depth > 1,
         }

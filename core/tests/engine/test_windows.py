@@ -12,7 +12,7 @@ import pytest
 
 from polyradix.backend.numpy.backend import NumpyBackend
 from polyradix.cache.blocks import Groups
-from polyradix.engine.config import EngineConfig
+from polyradix.engine.config import ConfigError, EngineConfig
 from polyradix.engine.core import EngineCore
 from polyradix.engine.messages import Read
 from polyradix.schedule.params import SamplingParams
@@ -107,6 +107,13 @@ def test_a_prefix_longer_than_a_window_is_hit_once_two_requests_parted_there(mak
         _run(core, [HEAD[:24] + tail])
         cached.append(core.stats().cached_tokens - before)
     assert cached == [0, 0, 24]
+
+
+def test_pages_for_no_block_are_refused(make: Any, family: str) -> None:
+    count = GROUPS[family].count
+    with pytest.raises(ConfigError, match=f"kv_pages is {count}; expected more than {count}, the groups of layers"):
+        make(kv_pages=count)
+    assert make(kv_pages=count + 1).info()["kv_groups"] == count
 
 
 def test_forward_passes_have_pages_of_all_groups(make: Any) -> None:
