@@ -115,17 +115,17 @@ class Ledger:
 
     def grow(self, rows: list[Request], slots: Slots) -> bool:
         """A block more for each of these, whose rows are `slots`. False, changing nothing, without enough pages."""
-        groups = self._groups
-        pages = self.take(len(rows) * groups.count)
+        full, count = self._groups.full, self._groups.count
+        pages = self.take(len(rows) * count)
         if pages is None:
             return False
-        if rows:
-            each = np.array(pages, np.int32).reshape(-1, groups.count)
-            self._table.pages[:, slots, [len(req.pages) // groups.full for req in rows]] = each.T
-            for req, own in zip(rows, each.tolist(), strict=True):
-                req.pages += own[: groups.full]
-                if groups.windowed:
-                    req.window.append(Block(own[groups.full :]))
+        where = [len(req.pages) // full for req in rows]
+        for group, table in enumerate(self._table.tables):
+            table[slots, where] = pages[group::count]
+        for at, req in enumerate(rows):
+            req.pages += pages[at * count : at * count + full]
+            if full < count:
+                req.window.append(Block(pages[at * count + full : (at + 1) * count]))
         return True
 
     def widen(self, req: Request, tokens: int) -> int:

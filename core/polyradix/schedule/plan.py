@@ -79,6 +79,7 @@ class RowTable:
         self.page_size = page_size
         self.groups = groups
         self.pages = np.zeros((groups.count, rows, width), np.int32)  # the full groups first
+        self.tables = list(self.pages)  # of each group, the same memory
         self.computed = np.zeros(rows, np.int32)  # tokens whose KV is computed by the plans made so far
         self.limit = np.zeros(rows, np.int32)
         self.fed = np.zeros(rows, np.int32)  # tokens to prefill
@@ -120,8 +121,9 @@ class RowTable:
         self.plain[slot] = p.logprobs is None and not self.masked[slot]
 
     def set_pages(self, req: Request) -> None:
-        for group in range(full := self.groups.full):
-            self.pages[group, req.slot, : len(req.pages) // full] = req.pages[group::full]
+        full = self.groups.full
+        for group, table in enumerate(self.tables[:full]):
+            table[req.slot, : len(req.pages) // full] = req.pages[group::full]
 
     def release(self, req: Request) -> None:
         self.pages[:, req.slot] = 0
@@ -189,15 +191,15 @@ class RowTable:
             tokens = np.concatenate([tokens, *parts])
         used = (kv_len + np.int32(size - 1)) // size
         width = int(used.max())
-        pages = [group[:, :width].take(slots, axis=0) for group in self.pages]
+        pages = [table[:, :width].take(slots, axis=0) for table in self.tables]
         for s in range(len(decodes), n):
-            for group in pages:
-                group[s, used[s] :] = 0  # a chunk's request already has the pages of its whole prompt
+            for table in pages:
+                table[s, used[s] :] = 0  # a chunk's request already has the pages of its whole prompt
         from_prev = np.full(len(tokens), -1, np.int32)
         unknown = self.source_plan[decodes] > applied
         from_prev[: len(decodes)] = np.where(unknown, self.source_row[decodes], -1)
         page, offset = np.divmod(positions, np.int32(size))
-        first, *others = [Table(group[row_of, page] * np.int32(size) + offset, group) for group in pages]
+        first, *others = [Table(table[row_of, page] * np.int32(size) + offset, table) for table in pages]
         return HostBatch(
             tokens=tokens,
             positions=positions,
