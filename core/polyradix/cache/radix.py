@@ -26,6 +26,9 @@ EvictionPolicy = Literal["lru", "lfu", "slru", "priority"]
 WORD = 4  # bytes of a token id and of a page id
 
 
+NO_WINDOW: dict[int, Block] = {}  # many nodes' own, never written to
+
+
 class Node:
     """One edge and the node below it: `key` is int32 [n * page_size] and `pages` int32 [n * full groups], as bytes,
     which compare and join faster than arrays and take less room. The root has no parent."""
@@ -46,7 +49,7 @@ class Node:
         self.refs = 0
         self.queued = False
         self.children: dict[bytes, Node] = {}
-        self.window: dict[int, Block] = {}  # by index, those of windowed groups that are there
+        self.window = NO_WINDOW  # by index, those blocks of windowed groups that are there
         self.idle = 0  # of these, held by no request
         self.ended = used  # when last a window that reaches into it was stored or found
 
@@ -359,7 +362,7 @@ class RadixCache:
         node.label = node.key[: self._page]
         upper.children[node.label] = node
         if node.window:
-            held, node.window, node.idle = node.window, {}, 0
+            held, node.window, node.idle = node.window, NO_WINDOW, 0
             for index, block in held.items():
                 self._place(block, *((upper, index) if index < blocks else (node, index - blocks)))
             self._offer(upper)
@@ -402,6 +405,8 @@ class RadixCache:
 
     def _place(self, block: Block, node: Node, index: int) -> None:
         block.node, block.index = node, index
+        if not node.window:
+            node.window = {}
         node.window[index] = block
         node.idle += not block.holds
 
