@@ -77,6 +77,11 @@ def of_descriptors() -> Iterator[Launch]:
     yield product("linear", 256, tile)
     yield product("gated", 8192, tile)
     yield product("linear", 64, Tile(128, 64, 8, 3, splits=2, dot=True, tokens=64))
+    for gated, n, k, columns in ((True, 2816, 2048, 64), (False, 2048, 1408, 128)):
+        routes = moe.Routes(empty(8192, 6, dtype=F32), integers(64, 8192), integers(64))
+        x, weight = empty(8192 if gated else 8192 * 6, k), empty(64, n, k)
+        blocks = moe.Blocks(128, columns, 64, 8, 2, wide=True)
+        yield f"64 experts wide {n}x{k}", partial(moe.product, x, weight, routes, gated, blocks)
 
 
 def product(kind: Any, count: int, tile: Tile) -> Launch:
@@ -141,11 +146,6 @@ def of_experts() -> Iterator[Launch]:
         yield f"64 experts M{tokens} {_name(dtype)}", experts(dtype, tokens)
     for tokens in (4, 200):
         yield f"32 experts M{tokens} clamped", clamped(tokens)
-    for gated, n, k, columns in ((True, 2816, 2048, 128), (False, 2048, 1408, 256)):
-        routes = moe.Routes(empty(8192, 6, dtype=F32), integers(64, 8192), integers(64))
-        x, weight = empty(8192 if gated else 8192 * 6, k), empty(64, n, k)
-        blocks = moe.Blocks(128, columns, 64, 8, 3, wide=True)
-        yield f"64 experts wide {n}x{k}", partial(moe.product, x, weight, routes, gated, blocks)
 
 
 def experts(dtype: torch.dtype, tokens: int) -> Callable[[], Any]:
