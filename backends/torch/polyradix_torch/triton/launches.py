@@ -80,7 +80,7 @@ def of_descriptors() -> Iterator[Launch]:
     for gated, n, k, columns in ((True, 2816, 2048, 64), (False, 2048, 1408, 128)):
         routes = moe.Routes(empty(8192, 6, dtype=F32), integers(64, 8192), integers(64))
         x, weight = empty(8192 if gated else 8192 * 6, k), empty(64, n, k)
-        blocks = moe.Blocks(128, columns, 64, 8, 2, wide=True)
+        blocks = moe.Blocks(64 if gated else 128, columns, 64, 8, 2, wide=True)
         yield f"64 experts wide {n}x{k}", partial(moe.product, x, weight, routes, gated, blocks)
 
 
