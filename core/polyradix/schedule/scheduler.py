@@ -142,8 +142,11 @@ class Scheduler:
             self._filling.remove(req)
             self._ledger.share(req, req.fed, self._launched)
         if self.config.groups.windowed:
-            for req in {req: None for req in plan.rows if not req.finished}:
-                self._ledger.passed(req, self._launched)
+            ends, size = plan.host.kv_len, self.config.page_size
+            more = ends // size > (ends - np.diff(plan.host.cu_q)) // size  # whole blocks
+            for req in {plan.rows[row]: None for row in more.nonzero()[0].tolist()}:
+                if not req.finished:
+                    self._ledger.passed(req, self._launched)
         for o in special:
             if o.finish is None and o.req.jumps:
                 self._jump(o)
