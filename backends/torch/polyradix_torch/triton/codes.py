@@ -332,14 +332,14 @@ def dense(w: Codes, dtype: torch.dtype, block: tuple[int, int, int] = (8, 512, 4
     return out
 
 
-USUAL = {  # by the most rows of x; where there is none, the weight is made dense
+USUAL = {  # by the most rows of x, with programs to a processor; where there is none, the weight is made dense
     torch.bfloat16: (
-        (16, Cut(16, 128, 128, 8, 3, form="right")),
-        (32, Cut(32, 128, 128, 8, 3)),
-        (64, Cut(64, 128, 128, 8, 3)),
-        (128, Cut(128, 64, 64, 4, 4, form="right", fold=True)),
+        (16, Cut(16, 128, 128, 8, 3, form="right"), 2),
+        (32, Cut(32, 128, 128, 8, 3), 2),
+        (64, Cut(64, 128, 128, 8, 3), 1),
+        (128, Cut(128, 64, 64, 4, 4, form="right", fold=True), 2),
     ),
-    torch.float32: ((1 << 31, Cut(16, 32, 32, 4, 2)),),
+    torch.float32: ((1 << 31, Cut(16, 32, 32, 4, 2), 0),),
 }
 EXPERTS = {  # by the most pairs that an expert has on average
     torch.bfloat16: (
@@ -350,7 +350,7 @@ EXPERTS = {  # by the most pairs that an expert has on average
     ),
     torch.float32: ((1 << 31, Cut(16, 32, 32, 4, 2)),),
 }
-PROCESSORS = 132  # what splits are guessed for
+PROCESSORS = 132  # what parts are meant for
 
 
 def key_of(kind: Literal["linear", "experts"], quant: Quant, count: int, n: int, k: int) -> str:
@@ -380,18 +380,15 @@ def chosen(x: torch.Tensor, w: Codes) -> Cut | None:
 
 
 def usual(dtype: torch.dtype, count: int, n: int, k: int) -> Cut | None:
-    """Of a linear; its columns go into as many parts as fill the processors."""
-    cut = next((cut for most, cut in USUAL[dtype] if count <= most), None)
-    if cut is None or dtype == torch.float32:
-        return cut
-    return replace(cut, splits=likely(cut, count, n, k)[0])
+    """Of a linear; its columns go into as many parts as run at once."""
+    found = next(((cut, each) for most, cut, each in USUAL[dtype] if count <= most), None)
+    return found and replace(found[0], splits=parts(found[0], count, n, k, found[1]))
 
 
-def likely(cut: Cut, count: int, n: int, k: int) -> list[int]:
-    """Numbers of parts, the best guess first: by the steps of the processor that has most, and what joining costs."""
-    tiles, steps = triton.cdiv(n, cut.rows) * triton.cdiv(count, cut.tokens), triton.cdiv(k, cut.depth)
-    able = [p for p in range(1, 17) if p == 1 or 3 * p <= steps]
-    return sorted(able, key=lambda p: triton.cdiv(tiles * p, PROCESSORS) * triton.cdiv(steps, p) * (1 + 0.01 * p))
+def parts(cut: Cut, count: int, n: int, k: int, each: int) -> int:
+    """That columns go into when a processor runs up to `each` programs, and no part has less than three steps."""
+    tiles = triton.cdiv(n, cut.rows) * triton.cdiv(count, cut.tokens)
+    return int(max(1, min(16, each * PROCESSORS // tiles, triton.cdiv(k, cut.depth) // 3)))
 
 
 def chosen_experts(x: torch.Tensor, w: Codes, count: int) -> Cut:

@@ -44,9 +44,9 @@ Run = Callable[[Codes], Tensor]
 Wrong = dict[tuple[Quant, Cut, bool], str]
 LANES = ((8, 512, 4), (2, 2048, 4), (4, 2048, 8), (1, 4096, 4))  # rows, depth, warps
 FEW: dict[int, tuple[tuple[int, int, int, int, Form], ...]] = {  # by rows of x: rows, depth, warps, stages
-    16: ((128, 128, 8, 3, "right"), (128, 256, 8, 3, "right"), (128, 256, 8, 2, "right"), (256, 128, 8, 3, "right"),
-         (128, 128, 4, 3, "right"), (128, 256, 4, 2, "right"), (64, 128, 4, 4, "right"), (64, 128, 4, 6, "right"),
-         (64, 256, 4, 3, "right"), (64, 128, 2, 4, "right"), (128, 128, 8, 4, "left")),
+    16: ((128, 128, 8, 3, "right"), (128, 128, 8, 5, "right"), (128, 256, 8, 3, "right"), (256, 128, 8, 3, "right"),
+         (256, 128, 8, 4, "right"), (128, 128, 4, 3, "right"), (64, 128, 4, 4, "right"), (64, 128, 4, 6, "right"),
+         (64, 256, 4, 3, "right"), (64, 128, 2, 4, "right")),
     32: ((128, 128, 4, 3, "right"), (128, 128, 8, 3, "right"), (128, 256, 4, 2, "right"), (64, 128, 4, 4, "right"),
          (128, 128, 8, 3, "left"), (64, 128, 4, 3, "left"), (128, 256, 8, 2, "left"), (256, 128, 8, 3, "left")),
     64: ((128, 128, 4, 3, "right"), (128, 64, 4, 4, "right"), (64, 128, 4, 3, "right"), (128, 128, 8, 3, "left"),
@@ -80,6 +80,11 @@ def candidates(count: int, linear: bool) -> Iterator[Cut]:
             for fold in (False, True) if tokens >= 64 else (False,):
                 if fold or tokens * rows <= 64 * 32 * warps:
                     yield Cut(tokens, rows, depth, warps, stages, 1, form, fold)
+
+
+def guesses(cut: Cut, count: int, n: int, k: int) -> list[int]:
+    """At the number of parts, the best first."""
+    return list(dict.fromkeys(codes.parts(cut, count, n, k, each) for each in (2, 1, 3, 4)))
 
 
 def build(q: Quant, cut: Cut, linear: bool) -> str:
@@ -179,9 +184,9 @@ def linear(tried: Tried, q: Quant, x: Tensor, each: list[Codes], want: Tensor, w
     if m >= 64:
         take(None)
     for cut in candidates(m, True):
-        take(replace(cut, splits=codes.likely(cut, m, n, k)[0]))
+        take(replace(cut, splits=guesses(cut, m, n, k)[0]))
     for best in [cut for cut in tried.ranked[:3] if cut]:
-        for p in codes.likely(best, m, n, k)[1:4]:
+        for p in guesses(best, m, n, k)[1:]:
             take(replace(best, splits=p))
 
 
@@ -226,7 +231,7 @@ def main(arguments: list[str]) -> None:
     todo = {
         signature(q, replace(cut, splits=p), True): None
         for q in FORMATS for n, k in (s for s in sizes if len(s) == 2) for m in counts
-        for cut in candidates(m, True) for p in codes.likely(cut, m, n, k)[:4]
+        for cut in candidates(m, True) for p in guesses(cut, m, n, k)
     } | {(q, cut, False): None for q in FORMATS for s in shapes for cut in candidates(s.rows, False)}  # fmt: skip
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as the backend has it
     gc.freeze()  # torch collects garbage before each capture
