@@ -383,11 +383,12 @@ def _prefill(
     acc = tl.zeros((TILE, DP), tl.float32)
     low = n - count + first  # the first row's position
     end = tl.minimum(low + TOKENS, n)
-    least = low - window + 1
-    begin = tl.maximum(least, 0) // BLOCK * BLOCK
-    whole = tl.maximum((low + 1) // BLOCK * BLOCK, begin)  # blocks before it are seen by every row
-    inner = begin
+    whole = (low + 1) // BLOCK * BLOCK  # blocks before it are seen by every row, but for the window
+    least, inner = 0, 0
     if WINDOW:
+        least = tl.maximum(low - window + 1, 0)
+        begin = least // BLOCK * BLOCK
+        whole = tl.maximum(whole, begin)
         inner = tl.minimum(tl.maximum(tl.cdiv(low + TOKENS - window, BLOCK) * BLOCK, begin), whole)
         acc, total, top = _blocks(
             acc, total, top, query, keys, values, mine, scale, cap, window, begin, inner, position, h, HK, least, n,
