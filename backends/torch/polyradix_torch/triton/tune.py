@@ -3,8 +3,8 @@
     python -m polyradix_torch.triton.tune [--out FOLDER] [--rows 1,64] [linear:6144x4096 ...]
 
 Shapes are kind:NxK, by default those of Llama-3.1-8B. A tile is written when it is right, gives the same bits twice,
-and is faster than torch; null is written where none is. What the file says of other shapes stays. Weights take turns,
-so that none is left in the L2 cache.
+and pays; null is written where none does. What the file says of other shapes stays. Weights take turns, so that none is
+left in the L2 cache.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ Shape = tuple[Kind, int, int, int]  # kind, count, n, k
 T = TypeVar("T")
 
 
+def pays(tile: float, library: float) -> bool:
+    """Whether a tile is worth another kernel to compile, half a second or so, before the first answer; microseconds."""
+    return tile < max(0.9 * library, library - 2)
+
+
 @dataclass
 class Tried:
     """Microseconds of one product, by tile; what went wrong with others."""
@@ -64,7 +69,7 @@ class Tried:
 
     @property
     def best(self) -> Tile | None:
-        return next((tile for tile in self.ranked[:1] if self.tiles[tile] < self.torch), None)
+        return next((tile for tile in self.ranked[:1] if pays(self.tiles[tile], self.torch)), None)
 
     @property
     def ranked(self) -> list[Tile]:
