@@ -22,7 +22,7 @@ from polyradix_torch.quant import Codes
 from polyradix_torch.triton import cuts
 from polyradix_torch.triton.early import early, start
 from polyradix_torch.triton.eight import readable, wide
-from polyradix_torch.triton.skinny import TILES, TUNED, arrivals, name_of
+from polyradix_torch.triton.skinny import TUNED, name_of, room
 
 LEAST = 16  # columns that the matrix units take
 WIDEST = 128  # columns of a block that are taken at a time
@@ -306,12 +306,8 @@ def product(x: torch.Tensor, w: Codes, bias: torch.Tensor | None = None, cut: Cu
         return F.linear(x, dense(w, x.dtype), bias)
     depth, most = cut.depth, span(w.quant, k)
     out = x.new_empty(count, n)
-    parts, arrived, tiles = out, out, triton.cdiv(n, cut.rows) * triton.cdiv(count, cut.tokens)
-    if cut.splits > 1:
-        if tiles > TILES:
-            raise ValueError(f"{tiles} tiles of {cut.rows} rows cannot be split; expected at most {TILES}")
-        parts = torch.empty(cut.splits, tiles, cut.tokens, cut.rows, dtype=torch.float32, device=x.device)
-        arrived = arrivals(x.device)
+    tiles = triton.cdiv(n, cut.rows) * triton.cdiv(count, cut.tokens)
+    parts, arrived = room(out, cut.splits, tiles, cut.tokens, cut.rows)
     _codes[(tiles, cut.splits)](
         paired(x, w.quant), *given(w), out if bias is None else bias,
         out, parts, arrived, count, n, k, w.quant.block[1], w.quant.block[0], w.zero is not None, bias is not None,

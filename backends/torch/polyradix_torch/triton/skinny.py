@@ -210,6 +210,16 @@ def arrivals(device: torch.device) -> torch.Tensor:
     return torch.zeros(TILES, dtype=torch.int32, device=device)
 
 
+def room(out: torch.Tensor, splits: int, tiles: int, tokens: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For the parts [splits,tiles,tokens,rows] of a product, float32, and their arrivals; `out` stands for both where
+    there is one. Raises ValueError for too many tiles."""
+    if splits == 1:
+        return out, out
+    if tiles > TILES:
+        raise ValueError(f"{tiles} tiles of {rows} rows cannot be split; expected at most {TILES}")
+    return torch.empty(splits, tiles, tokens, rows, dtype=torch.float32, device=out.device), arrivals(out.device)
+
+
 def product(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, tile: Tile, kind: Kind = "linear"
 ) -> torch.Tensor:
@@ -224,12 +234,8 @@ def product(
     each = tile.tokens or padded
     if kind == "gated" and tile.tokens and tile.splits > 1:
         raise ValueError("a gated product with tile.tokens cannot be split")
-    parts, arrived, tiles = out, out, triton.cdiv(n, tile.rows) * triton.cdiv(count, each)
-    if tile.splits > 1:
-        if tiles > TILES:
-            raise ValueError(f"{tiles} tiles of {tile.rows} rows cannot be split; expected at most {TILES}")
-        parts = torch.empty(tile.splits, tiles, each, tile.rows, dtype=torch.float32, device=x.device)
-        arrived = arrivals(x.device)
+    tiles = triton.cdiv(n, tile.rows) * triton.cdiv(count, each)
+    parts, arrived = room(out, tile.splits, tiles, each, tile.rows)
     rest = w if bias is None else bias, out, parts, arrived, count, n, k
     how = kind == "gated", bias is not None, tile.splits > 1
     if tile.tokens:

@@ -134,7 +134,7 @@ def test_pairs_of_columns_at_an_odd_place() -> None:
 
 
 def test_more_tiles_than_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "TILES", 1)
+    monkeypatch.setattr(skinny, "TILES", 1)
     with pytest.raises(ValueError, match="2 tiles of 16 rows cannot be split; expected at most 1"):
         codes.product(normal(1, 64), made(GROUP, 32, 64)[0], None, replace(CUTS[2], splits=2))
 
