@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,6 +64,7 @@ class Choice:
     terms: Terms = field(default_factory=Terms)
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     output_tokens: int = 0
+    reasoning_tokens: int = 0  # of the output's
     cached_tokens: int = 0
     queue_seconds: float = 0.0
     finish: Finish | None = None
@@ -99,32 +100,45 @@ class Choice:
         self.queue_seconds = chunk.queue_seconds
         self.cached_tokens = max(self.cached_tokens, chunk.cached_tokens)
         visible = chunk.tokens if chunk.stop_token is None else chunk.tokens[:-1]
-        text, used = self._detokenizer.take(visible)
-        if self._detokenizer.stopped:
+        text, used, events = self._take(visible)
+        if self._ended:
             visible = chunk.tokens = chunk.tokens[:used]
         self.output_tokens += len(chunk.tokens)
-        if chunk.finish is not None and not self._detokenizer.stopped:
-            text += self._detokenizer.finish()
-        if self._detokenizer.stopped:
+        rest = self._detokenizer.finish() if chunk.finish is not None and not self._ended else ""
+        text += rest
+        if self._ended:
             self.finish = "stop"
         elif chunk.finish == "stop" or chunk.finish == "length":
             self.finish = "length" if self.silent else chunk.finish
         entries += self._entries(visible, chunk.logprobs or [], text)
-        text, self.echo = self.echo + text, ""
-        events = self._events(text)
+        if self.parser is None:
+            text, self.echo = self.echo + text, ""
+            events = [Text(text)] if text else []
+        elif self.finish is not None:
+            events += self.parser.push(rest) + self.parser.finish()
+            if self.finish == "stop" and self.parser.calls:
+                self.finish = "tool_calls"
         return Piece(text, chunk.tokens, entries, self.finish, events)
 
-    def _events(self, text: str) -> list[Event]:
+    @property
+    def _ended(self) -> bool:
+        """By a stop string, or because nothing more is wanted of it."""
+        return self._detokenizer.stopped or (self.parser is not None and self.parser.done)
+
+    def _take(self, tokens: list[int]) -> tuple[str, int, list[Event]]:
+        """Their text, how many of them came before the end, and what a parser makes of them. It reads one at a time, so
+        that what counts as reasoning does not depend on how many come together."""
         if self.parser is None:
-            return [Text(text)] if text else []
-        events = self.parser.push(text)
-        if self.parser.done:
-            self.finish = "stop"
-        if self.finish is not None:
-            events += self.parser.finish()
-        if self.finish == "stop" and self.parser.calls:
-            self.finish = "tool_calls"
-        return events
+            return *self._detokenizer.take(tokens), []
+        text, events = "", list[Event]()
+        for used, token in enumerate(tokens, 1):
+            part = self._detokenizer.push([token])
+            text += part
+            events += self.parser.push(part)
+            self.reasoning_tokens += self.parser.reasoning
+            if self._ended:
+                return text, used, events
+        return text, len(tokens), events
 
     def _entries(self, tokens: list[int], logprobs: list[TokenLogProbs], text: str) -> list[tuple[int, TokenLogProbs]]:
         """Logprobs whose text is out: while a stop string may be starting, they wait with the text; if it was one, they
@@ -138,6 +152,15 @@ class Choice:
         out = [h for h in self._held if everything or h[0] < self._text_bytes]
         self._held = self._held[len(out) :]
         return [(token, logprob) for _, token, logprob in out]
+
+
+class Counts(NamedTuple):
+    """Tokens. Of `prompt`, `cached` were; of `output`, `reasoning` were."""
+
+    prompt: int
+    output: int
+    cached: int
+    reasoning: int
 
 
 class Generation:
@@ -165,7 +188,7 @@ class Generation:
     def __exit__(self, *_: object) -> None:
         self._call.__exit__()
         took = time.monotonic() - self._started
-        prompt, output, cached = self.counts()
+        prompt, output, cached, _reasoning = self.counts()
         self._caller.charge(prompt + output)
         self._trace(took, prompt, output, cached)
         for choice in self.choices:
@@ -230,13 +253,14 @@ class Generation:
                 self._metrics.inter_token.observe((now - last) / tokens)
         self._last[choice.rid] = now
 
-    def counts(self) -> tuple[int, int, int]:
-        """(prompt, output, cached) tokens. A prompt of n choices counts once."""
+    def counts(self) -> Counts:
+        """A prompt of n choices counts once."""
         prompts = {id(choice.prompt): choice for choice in reversed(self.choices)}.values()
-        return (
+        return Counts(
             sum(len(c.prompt) for c in prompts),
             sum(c.output_tokens for c in self.choices),
             sum(c.cached_tokens for c in prompts),
+            sum(c.reasoning_tokens for c in self.choices),
         )
 
 

@@ -16,11 +16,16 @@ class PromptDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class TopLogProb(msgspec.Struct):
@@ -125,5 +130,5 @@ class Generated(msgspec.Struct):
     prompt_logprobs: list[TokenLogProbs | None] | UnsetType = UNSET
 
 
-def usage(prompt: int, completion: int, cached: int) -> Usage:
-    return Usage(prompt, completion, prompt + completion, PromptDetails(cached))
+def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> Usage:
+    return Usage(prompt, completion, prompt + completion, PromptDetails(cached), CompletionDetails(reasoning))

@@ -191,7 +191,6 @@ class ResponsesForm(Form):
         self._items: list[Json] = []
         self._open = False  # the last item is
         self._sequence = 0
-        self._thought = 0  # tokens of reasoning, by the steps that gave them
 
     def piece(self, choice: Choice, piece: Piece) -> list[Json]:
         out: list[Json] = []
@@ -200,8 +199,6 @@ class ResponsesForm(Form):
             out += [self._event("response.in_progress", response=self._response("in_progress"))]
         for event in piece.events:
             out += self._take(choice, event)
-        if self._items and self._items[-1]["type"] == "reasoning":
-            self._thought += len(piece.tokens)
         if piece.finish is not None:
             if not self._items:
                 out += self._begin({"type": "message", "role": "assistant", "content": []})
@@ -280,16 +277,16 @@ class ResponsesForm(Form):
         return [*out, self._event("response.output_item.done", output_index=len(self._items) - 1, item=_copy(item))]
 
     def _done(self, run: Generation) -> Json:
-        prompt, output, cached = run.counts()
+        counts = run.counts()
         cut = run.choices[0].finish == "length"
         response = self._response("incomplete" if cut else "completed")
         response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         response["usage"] = {
-            "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-            "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": self._thought},
-            "total_tokens": prompt + output,
+            "input_tokens": counts.prompt,
+            "input_tokens_details": {"cached_tokens": counts.cached, "cache_write_tokens": 0},
+            "output_tokens": counts.output,
+            "output_tokens_details": {"reasoning_tokens": counts.reasoning},
+            "total_tokens": counts.prompt + counts.output,
         }
         return response
 

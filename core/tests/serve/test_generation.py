@@ -13,6 +13,10 @@ from polyradix.serve.errors import ApiError
 from polyradix.serve.fake import ByteTokenizer
 from polyradix.serve.generation import Choice, Generation
 from polyradix.serve.metrics import Metrics
+from polyradix.serve.parsers.base import Parser
+from polyradix.serve.parsers.feed import Arguments, Call, Event, Feed, Reasoning, Text
+from polyradix.serve.parsers.hermes import Hermes
+from polyradix.serve.parsers.thinking import think
 
 TEXT = b'{"key": 1}'
 
@@ -39,6 +43,34 @@ def test_chunks_of_any_size(stop: tuple[str, ...], logprobs: bool) -> None:
         assert single[0] == '{"k'
         assert single[3:] == (5, "stop")
     assert all(_run(size, stop, logprobs) == single for size in (2, 3, 7, len(TEXT)))
+
+
+@pytest.mark.parametrize(
+    "tail", ["", "<tool_call>{}</tool_call>", '<tool_call>{"name": "now", "arguments": {}}</tool_call>']
+)
+def test_reasoning_is_counted_however_many_tokens_come_together(tail: str) -> None:
+    """One call is wanted: a second one ends the output at its name, the tokens after it do not count."""
+    output = list(f"<think>Hm.</think>Wait.{tail * 2}".encode())
+
+    def run(size: int) -> tuple[list[str], tuple[object, ...]]:
+        feed = Feed()
+        script = think(feed, False, Hermes().parse(feed, {"now": None}))
+        choice = Choice(0, [1], SamplingParams(), ByteTokenizer(), parser=Parser(feed, script, single=True))
+        kinds: tuple[type[Event], ...] = (Reasoning, Text, Call, Arguments)
+        found, tokens = [""] * 4, 0
+        for at in range(0, len(output), size):
+            piece = choice.push(Chunk("r", output[at : at + size], None, "stop" if at + size >= len(output) else None))
+            tokens += len(piece.tokens)
+            for event in piece.events:
+                found[kinds.index(type(event))] += event.name if isinstance(event, Call) else event.text
+            if piece.finish is not None:
+                break
+        return found, (tokens, choice.output_tokens, choice.reasoning_tokens, choice.finish)
+
+    single = run(1)
+    assert single[0][0::2] == ["Hm.", "now" if "now" in tail else ""]
+    assert single[1][2] == len("Hm.</think>")
+    assert all(run(size) == single for size in (2, 3, 7, 16, len(output)))
 
 
 class _Arrived:

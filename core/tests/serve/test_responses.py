@@ -109,7 +109,7 @@ def test_calls_and_reasoning(serve: Any, stream: bool) -> None:
     assert (thought.content[0].text, message.content[0].text) == ("Hm.", "Wait.")
     assert [(c.name, c.arguments, c.status) for c in calls] == [("now", '{"a": 1}', "completed")] * 2
     assert calls[0].call_id != calls[1].call_id
-    assert got.usage.output_tokens_details.reasoning_tokens > 0
+    assert got.usage.output_tokens_details.reasoning_tokens == len("Hm.</think>")
     function = {name: value for name, value in NOW.items() if name != "type"}
     assert live.seen[0][1] == {"tools": [{"type": "function", "function": function}]}
     assert got.tools[0].name == "now"

@@ -190,7 +190,10 @@ def test_cut_off(serve: Any, stream: bool) -> None:
     ],
 )
 def test_reasoning(serve: Any, parser: str, output: str, stream: bool) -> None:
-    assert ask(serve(output, reasoning_parser=parser), stream) == ("Yes.", "Hm, so.", [], "stop")
+    live = serve(output, reasoning_parser=parser)
+    assert ask(live, stream) == ("Yes.", "Hm, so.", [], "stop")
+    usage = live.client.chat.completions.create(model="fake", messages=HELLO).usage
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
 
 
 @pytest.mark.parametrize("stream", [False, True])

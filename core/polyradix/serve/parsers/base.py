@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from polyradix.grammar.compiler import JSON_FORM
-from polyradix.serve.parsers.feed import Call, Event, Feed, Script
+from polyradix.serve.parsers.feed import Call, Event, Feed, Reasoning, Script
 
 Schema: TypeAlias = dict[str, Any] | None
 ANYTHING: dict[str, Any] = {"type": "object"}
@@ -60,11 +60,13 @@ def short_id() -> str:
 
 
 class Parser:
-    """One output. `calls` have begun so far; `done` says that nothing after it is wanted."""
+    """One output. `calls` have begun so far; `reasoning` says that what was given out last is, `done` that nothing more
+    is wanted."""
 
     def __init__(self, feed: Feed, script: Script, single: bool = False) -> None:
         self._feed, self._script, self._single = feed, script, single
         self.calls = 0
+        self.reasoning = False
         self.done = False
 
     def push(self, text: str) -> list[Event]:
@@ -82,6 +84,7 @@ class Parser:
             if event is None:
                 break
             self.calls += isinstance(event, Call)
+            self.reasoning = isinstance(event, Reasoning)
             if self._single and self.calls > 1:
                 self.done = True
                 break
