@@ -18,6 +18,7 @@ from polyradix.backend.protocol import (
     Step,
     Weight,
 )
+from polyradix.backend.shard import local_param
 from polyradix.graph import mla, moe
 from polyradix.graph.spec import ModelSpec
 
@@ -32,7 +33,7 @@ class ParamTable:
     def bytes(self, tp: int) -> int:
         """Of the weights, without biases, on each of `tp` ranks; a backend's padding comes on top."""
         each = (p for group in (self.top, *self.layers) for p in group)
-        return sum(p.bytes if p.shard_axis is None else p.bytes // tp for p in each)
+        return sum(local_param(p, tp).bytes for p in each)
 
 
 def param_specs(spec: ModelSpec, dtype: DType, max_context: int | None = None) -> ParamTable:

@@ -13,7 +13,7 @@ from polyradix.backend.protocol import Ops
 from polyradix.backend.registry import discover, open_backend
 from polyradix.engine.cache import cache_of
 from polyradix.graph.checkpoint import open_checkpoint
-from polyradix.graph.checkpoint.keep import keep
+from polyradix.graph.checkpoint.keep import cuts, keep, report
 from polyradix.graph.cost import Batch, trace
 from polyradix.graph.dense import param_specs, tensor_shapes
 from polyradix.graph.spec import ModelSpec
@@ -53,16 +53,24 @@ def check(q: Question) -> dict[str, Any]:
     kv_dtype = dtype if q.kv_dtype == "auto" else q.kv_dtype
     needs, ceilings = spec.needs(dtype, kv_dtype), find(q.peak_bandwidth, q.peak_flops, q.ceilings, dtype)
     reasons = [f"{q.model} {reason}" for reason in validate(needs, caps, q.page_size)]
-    if uneven := spec.uneven_split(q.tp):
+    if (uneven := spec.uneven_split(q.tp)) is not None:
         reasons.append(uneven)
     if missing := sorted(tensor_shapes(spec).keys() - checkpoint.names):
         reasons.append(f"{checkpoint.source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    table = keep(param_specs(spec, dtype), checkpoint, spec, caps.features)
+    stored = param_specs(spec, dtype), checkpoint, spec, caps.features, q.tp
+    table = keep(*stored)
     weights, (kv, groups) = table.bytes(q.tp), cache_of(spec, caps, page_size, kv_dtype, context)
     page = 0 if reasons else backend.kv_page_bytes(kv)
-    if weights + 2 * page > memory.free:
-        reasons.append(f"the weights and two KV pages take {weights + 2 * page:,} bytes; {memory.free:,} are free")
-    sequence = groups.pages(context, page_size) * page
+    left = memory.free - weights
+    pages = int(max(0, left) * caps.mem_fraction) // page if page else 0
+    if left < 0:
+        reasons.append(f"the weights take {weights:,} bytes; {memory.free:,} are free")
+    elif page and pages <= groups.count:
+        held = (
+            f"mem_fraction {caps.mem_fraction} of the {left:,} bytes that they leave holds {pages} KV pages of {page:,}"
+        )
+        reasons.append(f"the weights take {weights:,} bytes, and {held}; at least {groups.count + 1} are needed")
+    sequence = groups.pages(context, page_size)
     cost = partial(trace, spec, table, kv, tp=q.tp)
     return {
         "model": q.model,
@@ -77,12 +85,15 @@ def check(q: Question) -> dict[str, Any]:
         "features": {name: name in caps.features for name in sorted(needs.features)},
         "verbs": {name: _whose(backend.ops, name) for name in sorted(cost(Batch(1, 1, 1)).verbs)},
         "weights": weights,
+        "quantised": [*report(table, checkpoint, spec), *(cuts(*stored) if uneven is None else ())],
         "page_size": page_size,
         "kv_page": page,
         "kv_groups": asdict(groups),
         "context": context,
-        "kv_sequence": sequence,
-        "sequences": max(0, memory.free - weights) // sequence if sequence else 0,
+        "kv_sequence": sequence * page,
+        "kv_pages": pages,
+        "mem_fraction": caps.mem_fraction,
+        "sequences": max(0, pages - 1) // sequence,
         "free": memory.free,
         "total": memory.total,
         "ceilings": None if ceilings is None else asdict(ceilings),
@@ -101,13 +112,15 @@ def text(r: dict[str, Any]) -> list[str]:
         "features " + (", ".join(n if has else f"{n} (MISSING)" for n, has in r["features"].items()) or "none needed"),
         "verbs    " + ", ".join(n if whose == "own" else f"{n} ({whose})" for n, whose in r["verbs"].items()),
         f"weights  {r['weights']:,} bytes{on}",
+        *(f"         {line}" for line in r["quantised"]),
     ]
     if r["kv_page"]:
         g = r["kv_groups"]
         of = f" of one of {g['full'] + g['windowed']} groups, {g['windowed']} with windows" if g["windowed"] else ""
         lines.append(f"KV       {r['kv_page']:,} bytes for a page of {r['page_size']} tokens{of}{on}")
         lines.append(
-            f"         {r['kv_sequence']:,} for {r['context']:,} tokens; {r['sequences']:,} such sequences fit"
+            f"         {r['kv_sequence']:,} for {r['context']:,} tokens; "
+            f"{r['sequences']:,} such sequences fit with mem_fraction {r['mem_fraction']}"
         )
     lines.append(f"memory   {r['free']:,} bytes free of {r['total']:,}{on}")
     if r["ceilings"]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +16,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from polyradix.backend.numpy.backend import NumpyBackend
-from polyradix.backend.protocol import HostArray, Params, ParamSpec
+from polyradix.backend.protocol import HOST_DTYPES, HostArray, ParamPart, Params, ParamSpec
+from polyradix.backend.shard import shard
 from polyradix.graph.checkpoint import load_params, open_checkpoint
-from polyradix.graph.dense import tensor_shapes
+from polyradix.graph.checkpoint.keep import keep
+from polyradix.graph.dense import param_specs, tensor_shapes
 from polyradix.graph.errors import CheckpointError, ModelError
 from polyradix.graph.spec import ModelSpec
 
@@ -235,6 +238,69 @@ def test_experts_and_latent_attention(tmp_path: Path, config: dict[str, Any], fo
     backend = Keeping()
     close(load(path, backend), load(plain))
     assert {spec.name for spec in backend.taken if spec.quant} == expected
+
+
+class TwoRanks(Keeping):
+    """As a backend of two ranks is given its parameters: whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: Any = SimpleNamespace(size=2)
+
+
+@pytest.mark.parametrize(
+    ("format", "kept", "said"),
+    [
+        (
+            "fp8-block",
+            {"qkv", "o", "gate_up"},
+            [
+                "model.layers.0.self_attn.q_proj: tp is 2 and cuts blocks of 16 of the 32 and 16 rows into 8, "
+                "so it has more scales; tp 1 cuts none",
+                "model.layers.0.mlp.gate_proj: tp is 2 and cuts blocks of 16 of the 48 rows into 8, "
+                "so it has more scales; tp 1 cuts none",
+                "model.layers.0.mlp.down_proj: tp is 2 and cuts blocks of 16 of the 48 columns into 8, "
+                "too narrow to keep, so it is dequantised; tp 1 cuts none",
+            ],
+        ),
+        ("compressed-channel", {"qkv", "o", "gate_up", "down"}, []),
+        (
+            "awq",
+            {"qkv", "o", "gate_up"},
+            [
+                "model.layers.0.mlp.down_proj: tp is 2 and cuts blocks of 16 of the 48 columns into 8, "
+                "too narrow to keep, so it is dequantised; tp 1 cuts none"
+            ],
+        ),
+        ("awq-whole", {"qkv", "o", "gate_up", "down"}, []),
+    ],
+)
+def test_blocks_that_ranks_cut(
+    tmp_path: Path, format: str, kept: set[str], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _, plain = make(tmp_path, format)
+    backend = TwoRanks()
+    close(load(path, backend), load(plain))
+    assert {spec.name for spec in backend.taken if spec.quant} == kept
+    assert caplog.messages == said
+    checkpoint = open_checkpoint(str(path))
+    spec = ModelSpec.from_hf_config(checkpoint.config)
+    table = keep(param_specs(spec, "float32"), checkpoint, spec, Keeping.features, 2)
+    assert table.bytes(2) == sum(held_by_a_rank(p) for p in backend.taken)
+
+
+def held_by_a_rank(p: ParamSpec) -> int:
+    """Bytes of the first of two ranks' shards."""
+    if p.quant is None:
+        return shard(p, np.empty(p.shape, HOST_DTYPES[p.dtype]), 0, 2).nbytes
+    (rows, columns), (out, width) = p.quant.block, p.shape
+    parts: dict[ParamPart, HostArray] = {
+        "weight": np.empty((out, width // 2 if p.quant.format == "int4" else width), np.uint8)
+    }
+    blocks = -(-out // rows), -(-width // columns)
+    parts |= {"scale": np.empty(blocks, np.float32)}
+    parts |= {"zero": np.empty(blocks, np.uint8)} if p.quant.format == "int4" else {}
+    return sum(shard(p, x, 0, 2, part).nbytes for part, x in parts.items())
 
 
 def test_the_log_says_what_becomes_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,16 +9,21 @@ from dataclasses import replace
 import numpy as np
 
 from polyradix.backend.protocol import HOST_DTYPES, ParamSpec
+from polyradix.backend.shard import local_param
 from polyradix.graph.checkpoint.base import Checkpoint, Stored
 from polyradix.graph.dense import ParamTable, pieces
 from polyradix.graph.mla import row_order
 from polyradix.graph.spec import ModelSpec
 
 _KINDS = ("linear", "linear_reduce", "experts")
+_NARROWEST = {"fp8": 16, "int4": 32}  # columns of a rank's blocks; GPUs have no products for fewer
 
 
-def keep(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: frozenset[str]) -> ParamTable:
-    """`table` with a Quant for each parameter that is stored in one format, of those in `features`, in whole blocks."""
+def keep(
+    table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: frozenset[str], tp: int = 1
+) -> ParamTable:
+    """`table` with a Quant for each parameter that is stored in one format, of those in `features`, in whole blocks,
+    unless `tp` ranks cut them too narrow."""
 
     def one(p: ParamSpec, layer: int) -> ParamSpec:
         held = list(_stored(checkpoint, model, p, layer))
@@ -29,9 +34,52 @@ def keep(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: 
         order, tall = None if model.latent is None else row_order(model.latent, p.name), quant.block[0]
         cut = len(held) > 1 and any(rows % tall for _, rows in held)
         moved = order is not None and tall > 1 and (order // tall != np.arange(len(order)) // tall).any()
-        return p if cut or moved else replace(p, quant=quant)
+        here = replace(p, quant=quant)
+        return p if cut or moved or _narrow(here, tp) else here
 
     return ParamTable(table.top, tuple(tuple(one(p, i) for p in params) for i, params in enumerate(table.layers)))
+
+
+def cuts(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: frozenset[str], tp: int) -> list[str]:
+    """Which blocks `tp` ranks cut, what becomes of them, and how many ranks cut none; arguments are those of `keep`.
+    Parameters that share a line are named by their first tensor's first layer."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for layer, params in enumerate(keep(table, checkpoint, model, features).layers):
+        for p in params:
+            if what := _cut(p, model, tp):
+                names[what].append(pieces(model, p, layer)[0][0])
+    return [f"{first}{f' and {len(more)} more' if more else ''}: {what}" for what, (first, *more) in names.items()]
+
+
+def _cut(p: ParamSpec, model: ModelSpec, tp: int) -> str | None:
+    if tp == 1 or p.quant is None or p.shard_axis is None or p.kind == "experts":
+        return None
+    sizes, what = (p.segments or p.shape[:1], "rows") if p.shard_axis == 0 else (p.shape[1:], "columns")
+    block, local = p.quant.block[p.shard_axis], local_param(p, tp).quant
+    assert local is not None
+
+    def whole(ranks: int) -> bool:
+        one = ranks == 1 or (len(sizes) == 1 and sizes[0] <= block)
+        return all(n % ranks == 0 and (one or n // ranks % block == 0) for n in sizes)
+
+    if whole(tp):
+        return None
+    most = max(sizes) // block
+    few = [str(ranks) for ranks in range(1, max(1, most) + 1) if whole(ranks) and model.uneven_split(ranks) is None]
+    then = "too narrow to keep, so it is dequantised" if _narrow(p, tp) else "so it has more scales"
+    size = " and ".join(map(str, dict.fromkeys(sizes)))
+    return (
+        f"tp is {tp} and cuts blocks of {block} of the {size} {what} into {local.block[p.shard_axis]}, {then}; "
+        f"tp {' or '.join(few)} cuts none"
+    )
+
+
+def _narrow(p: ParamSpec, tp: int) -> bool:
+    """Whether ranks have fewer columns of a block than the checkpoint, and too few."""
+    local = local_param(p, tp)
+    if p.quant is None or local.quant is None or local.shape[-1] <= local.quant.block[1]:
+        return False
+    return local.quant.block[1] < min(p.quant.block[1], _NARROWEST[p.quant.format])
 
 
 def report(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec) -> list[str]:

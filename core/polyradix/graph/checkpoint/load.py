@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from polyradix.backend.protocol import HOST_DTYPES, Backend, DType, HostArray, ParamPart, Params, ParamSpec, Quant
 from polyradix.graph.checkpoint.base import Checkpoint
-from polyradix.graph.checkpoint.keep import keep, report
+from polyradix.graph.checkpoint.keep import cuts, keep, report
 from polyradix.graph.dense import param_specs, pieces, tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.mla import row_order
@@ -39,10 +39,13 @@ def load_params(
     the first. Raises CheckpointError naming the file and tensor at fault, MemoryError for a model larger than a device,
     both before a weight is read. The bar is for a terminal on stderr."""
     _compare_names(checkpoint, spec)
-    table = keep(param_specs(spec, dtype, max_context), checkpoint, spec, backend.caps.features)
+    plain, tp = param_specs(spec, dtype, max_context), backend.collectives.size
+    table = keep(plain, checkpoint, spec, backend.caps.features, tp)
     for line in report(table, checkpoint, spec):
         log.info("%s: %s", checkpoint.source, line)
-    _check_room(table.bytes(backend.collectives.size), backend.memory().free)
+    for line in cuts(plain, checkpoint, spec, backend.caps.features, tp):
+        log.warning("%s", line)
+    _check_room(table.bytes(tp), backend.memory().free)
     groups = [(None, table.top), *enumerate(table.layers)]
     reads = [_Read(checkpoint, spec, p, layer) for layer, params in groups for p in params]
     pool = ThreadPoolExecutor(READERS, "polyradix-read")
