@@ -24,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     kv_dtype: Literal["auto", "float8_e4m3fn"] = "auto"  # auto: that of activations
     load_format: Literal["auto", "dummy"] = "auto"
+    revision: str | None = None  # of a model on the Hub: a branch, tag or commit
     max_context: int | None = None  # tokens of one sequence, prompt and output
     max_seqs: int = 64  # requests running at once
     max_tokens_per_step: int | None = None  # token budget of one step: prefill chunks and decodes together

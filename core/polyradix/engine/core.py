@@ -64,7 +64,9 @@ class EngineCore:
         self.backend = backend or open_backend(
             config.device, tp=config.tp, emulate=config.emulate, **config.backend_options
         )
-        checkpoint = checkpoint or open_checkpoint(config.model, load_format=config.load_format)
+        checkpoint = checkpoint or open_checkpoint(
+            config.model, load_format=config.load_format, revision=config.revision
+        )
         self.spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
         self.dtype = self.spec.choose_dtype(config.dtype, self.backend.caps.dtypes)
         self.max_context = _max_context(config, self.spec)

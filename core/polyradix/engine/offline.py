@@ -82,7 +82,7 @@ class Engine:
 
     def __init__(self, model: str, *, backend: Backend | None = None, **options: Any) -> None:
         config = EngineConfig(model=model, **options)
-        checkpoint = open_checkpoint(model, load_format=config.load_format)
+        checkpoint = open_checkpoint(model, load_format=config.load_format, revision=config.revision)
         self.tokenizer = load_tokenizer(checkpoint)
         self.core = EngineCore(config, backend, checkpoint)
         self._runs: dict[str, _Run] = {}

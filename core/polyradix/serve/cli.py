@@ -114,7 +114,12 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 def _model_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
-    add("--model", required=True, help="a Hub id, a folder with safetensors, a .gguf file, or `demo`")
+    add(
+        "--model",
+        required=True,
+        help="OWNER/NAME or OWNER/NAME/FILE.gguf on the Hub, a folder, a .gguf file, or `demo`",
+    )
+    add("--revision", help="of a model on the Hub: a branch, tag or commit; its main branch if not given")
     add("--device", default="auto", help="a backend's name; `polyradix devices` lists them")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and activations")
     add("--kv-dtype", default="auto", choices=("auto", "float8_e4m3fn"), help="of the KV cache; auto: as activations")

@@ -81,7 +81,8 @@ def serve(config: EngineConfig, options: ServeOptions) -> None:
     if options.otlp_endpoint is not None:
         tracing.start(options.otlp_endpoint)
     with contextlib.closing(listen(options.host, options.port)) as sock:
-        tokenizer = load_tokenizer(open_checkpoint(config.model, load_format=config.load_format))
+        checkpoint = open_checkpoint(config.model, load_format=config.load_format, revision=config.revision)
+        tokenizer = load_tokenizer(checkpoint)
         client = EngineClient(EngineProcess(config, options.log_level))
         server = Server(
             client,

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import gguf
-import huggingface_hub
 import ml_dtypes
 import numpy as np
 import pytest
@@ -419,24 +418,6 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"m\.bin: expected a folder with safetensors or a \.gguf file"):
         open_checkpoint(str(tmp_path / "m.bin"))
-
-
-def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path, weights(CONFIG))
-    asked = []
-
-    def download(model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        asked.append((model, revision, "*.safetensors" in allow_patterns))
-        if model == "o/gone":
-            raise OSError("404")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_checkpoint("o/name", revision="v2").source == str(tmp_path)
-    assert open_checkpoint("o/name", load_format="dummy").dummy
-    assert asked == [("o/name", "v2", True), ("o/name", None, False)]
-    with pytest.raises(CheckpointError, match="o/gone: cannot be fetched from the Hub: 404"):
-        open_checkpoint("o/gone")
 
 
 def test_demo_is_fetched_once_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

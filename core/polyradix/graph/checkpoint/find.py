@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -33,11 +36,14 @@ _HUB_COPIES = ["consolidated*", "*/*"]  # the same weights under other names
 def open_checkpoint(
     model: str, *, load_format: Literal["auto", "dummy"] = "auto", revision: str | None = None
 ) -> Checkpoint:
-    """`model` is a folder, a .gguf file, a Hub id or `demo`; with load_format dummy, a config.json or its folder.
+    """`model` is a folder, a .gguf file, `demo`, or of the Hub owner/name or owner/name/FILE.gguf, at `revision`, a
+    branch, tag or commit; with load_format dummy, a config.json or its folder.
 
     Raises CheckpointError naming the file or tensor at fault.
     """
     path = Path(model).expanduser()
+    if revision is not None and (path.exists() or model == "demo"):
+        raise CheckpointError(f"revision is {revision!r}; expected none, as {model} is not on the Hub")
     if load_format == "dummy":
         return open_dummy(path if path.exists() else _from_hub(model, revision, ["*.json", "*.jinja"]))
     if model == "demo":
@@ -48,6 +54,8 @@ def open_checkpoint(
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path}: expected a folder with safetensors or a .gguf file")
         return open_gguf(path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+/.+\.gguf", model):
+        return open_gguf(_gguf_from_hub(model, revision))
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise CheckpointError(f"{model}: no such file or folder (and not a Hub id, which looks like owner/name)")
     return _open_folder(_from_hub(model, revision, _HUB_FILES))
@@ -65,13 +73,34 @@ def _open_folder(folder: Path) -> Checkpoint:
 def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and seldom needed
 
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES))
+    def fetch(without: list[str]) -> Path:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=without))
+
+    with _hub_errors(f"{model}:"):
+        folder = fetch(_HUB_COPIES)
         if patterns == _HUB_FILES and not any(folder.glob("*.safetensors")):  # Mistral's own format alone
-            snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_COPIES[1:])
-        return folder
+            folder = fetch(_HUB_COPIES[1:])
+    if patterns == _HUB_FILES and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{model}: the repository has no *.safetensors; for a GGUF file give {model}/FILE.gguf")
+    return folder
+
+
+def _gguf_from_hub(model: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    owner, name, file = model.split("/", 2)
+    with _hub_errors(f"{model}: no such file here, and it"):
+        return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision))
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Raises CheckpointError, in one line."""
+    try:
+        yield
     except Exception as e:  # the hub's errors share no base with those of its transport
-        raise CheckpointError(f"{model}: cannot be fetched from the Hub: {e}") from e
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise CheckpointError(f"{what} cannot be fetched from the Hub: {why}") from e
 
 
 def fetch_demo() -> Path:
