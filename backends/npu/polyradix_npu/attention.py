@@ -17,7 +17,7 @@ import torch
 
 from polyradix.backend.protocol import AttnSpec, Heads
 from polyradix_npu import calls
-from polyradix_torch.ops import TorchMeta
+from polyradix_npu.meta import NpuMeta
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ TABLE = (
     ("BSH", 8, SIZES),
     ("ATB", 8, range(16, 129, 16)),
 )
+ROWS = 512  # of queries at a time, in torch: scores are as many times keys and heads
 CAPTURED = ("TND", "BSND", "BSH")  # forms of single tokens whose lengths a graph is given anew
 
 
@@ -90,13 +91,15 @@ class Fused:
             return True
         return False
 
-    def attend(self, q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, kv: KV, m: NpuMeta, a: AttnSpec) -> torch.Tensor:
         """q [T,Hq,D], whose keys and values are in the cache already -> [T,Hq*D]."""
         forms = self.forms(a.heads.dim)
         if forms.longer == "TND":
             return self._packed(q, kv, m.pages, m.rows, m.kv_len, a).flatten(1)
+        if forms.single not in CAPTURED:
+            m.read_lengths()
         if len(q) == len(m.kv_len):
-            return _singles(forms.single, q, kv, m.pages, m.positions, m.kv_len, a).flatten(1)
+            return _singles(forms.single, q, kv, m.pages, m.newest, m.kv_len, a).flatten(1)
         return self._by_sequence(forms, q, kv, m, a).flatten(1)
 
     def _packed(
@@ -109,15 +112,15 @@ class Fused:
             return {"sparse_mode": calls.CAUSAL, "atten_mask": self.mask}
         return {"sparse_mode": calls.BAND, "atten_mask": self.mask, "pre_tokens": a.window - 1, "next_tokens": 0}
 
-    def _by_sequence(self, forms: Forms, q: torch.Tensor, kv: KV, m: TorchMeta, a: AttnSpec) -> torch.Tensor:
+    def _by_sequence(self, forms: Forms, q: torch.Tensor, kv: KV, m: NpuMeta, a: AttnSpec) -> torch.Tensor:
         spans = [slice(*m.rows[s : s + 2]) for s in range(len(m.kv_len))]
         ones = [s for s, span in enumerate(spans) if span.stop - span.start == 1]
         out = torch.empty_like(q)
         if ones:
             at = torch.tensor([[spans[s].start for s in ones], ones], dtype=torch.int32).to(q.device)
-            asked, positions = q.index_select(0, at[0]), m.positions.index_select(0, at[0])
+            asked, newest = q.index_select(0, at[0]), m.newest.index_select(0, at[1])
             pages, lengths = m.pages.index_select(0, at[1]), [m.kv_len[s] for s in ones]
-            out[at[0].long()] = _singles(forms.single, asked, kv, pages, positions, lengths, a)
+            out[at[0].long()] = _singles(forms.single, asked, kv, pages, newest, lengths, a)
         for s, span in enumerate(spans):
             if span.stop - span.start > 1:
                 out[span] = self._longer(forms.longer, q[span], kv, m.pages[s : s + 1], m.kv_len[s], a)
@@ -133,7 +136,7 @@ class Fused:
 
 
 def _singles(
-    form: str, q: torch.Tensor, kv: KV, pages: torch.Tensor, positions: torch.Tensor, kv_len: list[int], a: AttnSpec
+    form: str, q: torch.Tensor, kv: KV, pages: torch.Tensor, newest: torch.Tensor, kv_len: list[int], a: AttnSpec
 ) -> torch.Tensor:
     """One new token a sequence, q [S,Hq,D]; windows need a mask of their own, as sparse modes have no effect on a
     single row. ATB's op has no windows and no sinks."""
@@ -144,7 +147,7 @@ def _singles(
     more: dict[str, Any] = {}
     if a.window is not None:
         keys = torch.arange(pages.shape[1] * kv[0].shape[1], dtype=torch.int32, device=q.device)
-        more["atten_mask"] = (keys[None] <= positions[:, None] - a.window)[:, None, None]
+        more["atten_mask"] = (keys[None] <= newest[:, None] - a.window)[:, None, None]
     return _call(q[:, None], kv, pages, kv_len, form, a, **more)[:, 0]
 
 
@@ -172,11 +175,14 @@ def plain(
     """In torch, in float32, sequence by sequence: q [T,Hq,D], of which sequence s has rows[s] to rows[s + 1]."""
     out = torch.empty_like(q)
     for s, length in enumerate(kv_len):
-        span = slice(*rows[s : s + 2])
+        first, stop = rows[s : s + 2]
         used = pages[s, : -(-length // kv[0].shape[1])]
         k, v = (cache.index_select(0, used).flatten(0, 1)[:length].transpose(0, 1).float() for cache in kv)
-        asked = q[span].float().unflatten(1, (a.heads.kv, -1)).permute(1, 2, 0, 3)
-        out[span] = _sequence(asked, k, v, a).to(q.dtype)
+        for start in range(first, stop, ROWS):
+            span = slice(start, min(start + ROWS, stop))
+            seen = length - stop + span.stop
+            asked = q[span].float().unflatten(1, (a.heads.kv, -1)).permute(1, 2, 0, 3)
+            out[span] = _sequence(asked, k[:, :seen], v[:, :seen], a).to(q.dtype)
     return out
 
 
@@ -186,7 +192,10 @@ def _sequence(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: AttnSpec) ->
     seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
     if a.window is not None:
         seen = seen.triu(length - n - a.window + 1)
-    scores = (q @ k[:, None].transpose(2, 3) * a.scale).masked_fill(~seen, -float("inf"))
+    scores = q @ k[:, None].transpose(2, 3) * a.scale
+    if a.softcap is not None:
+        scores = (scores / a.softcap).tanh() * a.softcap
+    scores = scores.masked_fill(~seen, -float("inf"))
     if a.sinks is not None:
         lone = a.sinks.scores.view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, lone], dim=-1)

@@ -11,7 +11,7 @@ import torch_npu
 from torch_npu.utils.collect_env import get_cann_version
 
 from polyradix.backend.batch import HostBatch, SampleBatch
-from polyradix.backend.capabilities import FEATURES, Capabilities, check_claimed
+from polyradix.backend.capabilities import FEATURES, KV_GROUPS, Capabilities, check_claimed
 from polyradix.backend.protocol import (
     KV,
     Array,
@@ -28,15 +28,17 @@ from polyradix.backend.protocol import (
     Weight,
 )
 from polyradix_npu import calls, latent, mesh
-from polyradix_npu.attention import CAPTURED, TABLE, Fused, Sinks
-from polyradix_npu.graphs import Decode, Graphs, StaticBatch, sizes
+from polyradix_npu.attention import TABLE, Fused, Sinks
+from polyradix_npu.graphs import FIELDS, Decode, Graphs, StaticBatch, sizes
+from polyradix_npu.meta import NpuMeta, grouped, held
 from polyradix_npu.ops import Experts, NpuOps
 from polyradix_torch.backend import TorchBackend
 from polyradix_torch.errors import all_told, told
 from polyradix_torch.host import to_torch, torch_dtype
+from polyradix_torch.indexer import Indexed
 from polyradix_torch.memory import remaining, settled
 from polyradix_torch.moe import Router
-from polyradix_torch.ops import Linear, TorchMeta
+from polyradix_torch.ops import Linear
 from polyradix_torch.pending import Pending
 from polyradix_torch.sample import sample
 
@@ -51,7 +53,7 @@ class NpuBackend(TorchBackend):
         device = torch.device("npu", index)
         cann = get_cann_version()
         self._fused = Fused(calls.fixed_mask(device), cann, PAGE)
-        self._capture, self._captured = capture, False
+        self._capture, self._groups = capture, 1  # of the cache made last
         self._limits: Limits | None = None
         self._static: StaticBatch | None = None
         self._still: int | None = None  # bytes that weights and cache take, without any step
@@ -64,7 +66,7 @@ class NpuBackend(TorchBackend):
             page_sizes=(PAGE,),
             max_head_dim=512,
             head_dim_multiple=16,
-            features=FEATURES - {"softcap", "indexer"},
+            features=FEATURES | {KV_GROUPS},
             step_tokens=4096,
             async_launch=True,
             mem_fraction=0.9,
@@ -83,7 +85,7 @@ class NpuBackend(TorchBackend):
         return remaining(torch.npu, self.device, self._still)
 
     def pack(self, spec: ParamSpec, read: Reader) -> Weight:
-        if spec.kind in ("norm", "latent_up"):
+        if spec.kind in ("norm", "latent_up") and not spec.bias:
             torch_dtype(spec.dtype)
             return to_torch(read(), self.device)
         if spec.kind == "sinks":
@@ -106,17 +108,15 @@ class NpuBackend(TorchBackend):
 
     def alloc_kv(self, spec: KVSpec, pages: int) -> KV:
         check_claimed(spec, self.caps)
-        split = spec.kind == "latent" and spec.head_dim == latent.RANK + latent.ROPE and spec.dtype == "bfloat16"
-        known = split or (spec.kind == "full" and spec.dtype == "bfloat16" and self._captures(spec.head_dim))
-        self._captured = self._capture and known
+        full, bf16 = spec.kind == "full", spec.dtype == "bfloat16"
+        split = bf16 and not full and not spec.index and spec.head_dim == latent.RANK + latent.ROPE
+        self._groups = max(1, len(spec.groups))
+        if full and bf16:
+            with torch.inference_mode():
+                self._fused.forms(spec.head_dim)  # while there is room to try them
         kv = self._latent_kv(spec, pages) if split else super().alloc_kv(spec, pages)
         self._still = settled(torch.npu, self.device)
         return kv
-
-    def _captures(self, dim: int) -> bool:
-        """Tries the forms for heads of `dim`."""
-        with torch.inference_mode():
-            return self._fused.forms(dim).single in CAPTURED
 
     def _latent_kv(self, spec: KVSpec, pages: int) -> KV:
         shapes = [(pages, spec.page_size, 1, width) for width in (latent.RANK, latent.ROPE)]
@@ -137,26 +137,34 @@ class NpuBackend(TorchBackend):
         super().import_pages([layer[1:] for layer in kv], pages, data[..., latent.RANK :])
         return kv
 
-    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Decode | TorchMeta:
+    def prepare(self, batch: HostBatch, prev: Array | None = None) -> Decode | NpuMeta:
         batch.check_prev(prev)
         limits = self._limits
         with torch.inference_mode():
-            if self._captured and limits is not None and batch.num_tokens == batch.num_seqs <= limits.max_seqs:
+            if self._capture and limits is not None and batch.num_tokens == batch.num_seqs <= limits.max_seqs:
                 return self._load(batch, limits, prev)
-            fields = [batch.tokens, batch.positions, batch.slots, batch.last, batch.from_prev, batch.pages]
+            groups = held(batch, PAGE)
+            fields = [batch.tokens, batch.positions, batch.last, batch.from_prev]
+            for g in groups:
+                fields += [g.slots, g.kv_len - 1, g.pages]
             host = torch.from_numpy(np.concatenate([x.ravel() for x in fields]))
-            tokens, positions, slots, last, source, pages = host.to(self.device).split([x.size for x in fields])
+            tokens, positions, last, source, *of_group = host.to(self.device).split([x.size for x in fields])
             if prev is not None:
                 tokens = _taken(tokens, source, prev)
-            table = pages.view(batch.pages.shape)
-            return TorchMeta(tokens, positions, slots, last, table, batch.cu_q.tolist(), batch.kv_len.tolist())
+            each = [
+                {"slots": slots, "newest": newest, "pages": pages.view(g.pages.shape), "kv_len": g.kv_len.tolist()}
+                for g, slots, newest, pages in zip(groups, of_group[::3], of_group[1::3], of_group[2::3], strict=True)
+            ]
+            rows = batch.cu_q.tolist()
+            first = NpuMeta(tokens=tokens, positions=positions, last=last, rows=rows, **each[0])
+            return grouped(first, each[1:])
 
     def _load(self, batch: HostBatch, limits: Limits, prev: Array | None) -> Decode:
-        if self._static is None or self._static.limits != limits:
-            self._static = StaticBatch(limits, PAGE, self.device)
+        if self._static is None or (self._static.limits, self._static.groups) != (limits, self._groups):
+            self._static = StaticBatch(limits, PAGE, self.device, self._groups)
         loaded = self._static.load(batch)
         if prev is not None:
-            tokens, source = (self._static.fields[name][: batch.num_seqs] for name in ("tokens", "from_prev"))
+            tokens, _, source = self._static.lines[: len(FIELDS), : batch.num_seqs]
             tokens.copy_(_taken(tokens, source, prev))
         return loaded
 
@@ -164,7 +172,7 @@ class NpuBackend(TorchBackend):
         ops, self._limits = self.ops, limits
         graphs = Graphs(step, ops)
 
-        def run(params: Params, kv: KV, meta: Decode | TorchMeta) -> tuple[Array, KV]:
+        def run(params: Params, kv: KV, meta: Decode | NpuMeta) -> tuple[Array, KV]:
             with torch.inference_mode():
                 if isinstance(meta, Decode):
                     return graphs(params, kv, meta), kv
@@ -210,4 +218,4 @@ def _taken(tokens: torch.Tensor, source: torch.Tensor, prev: torch.Tensor) -> to
 
 def _split(kv: KV) -> bool:
     """Whether a latent cache is two tensors."""
-    return len(kv[0]) == 2 and kv[0][0].shape != kv[0][1].shape
+    return len(kv[0]) == 2 and kv[0][0].shape != kv[0][1].shape and not isinstance(kv[0], Indexed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,16 @@ import torch.nn.functional as F
 
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
-from polyradix.backend.protocol import AttnSpec, Gate, LatentSpec, LatentWeights, MoeSpec, MoeWeights
+from polyradix.backend.protocol import (
+    AttnSpec,
+    Gate,
+    Index,
+    IndexSpec,
+    LatentSpec,
+    LatentWeights,
+    MoeSpec,
+    MoeWeights,
+)
 from polyradix_npu import calls, latent
 from polyradix_npu.attention import Fused, plain
 from polyradix_torch.moe import Router, route, share
@@ -55,17 +64,15 @@ class NpuOps(TorchOps):
         cos, sin = m.rope[id(table)]
         return calls.rotate(q.float(), cos, sin).to(q.dtype), calls.rotate(k.float(), cos, sin).to(k.dtype)
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: TorchMeta, a: AttnSpec) -> Any:
-        if a.softcap is not None:
-            raise Unsupported("softcap")
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv: Any, m: Any, a: AttnSpec) -> Any:
+        m = m.of(kv)
         calls.write(k, v, kv, m.slots)
-        if q.dtype == torch.float32:
+        if q.dtype == torch.float32 or a.softcap is not None:
+            m.read_lengths()
             return plain(q, kv, m.pages, m.rows, m.kv_len, a).flatten(1), kv
         return self._fused.attend(q, kv, m, a), kv
 
-    def attend_latent(
-        self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: TorchMeta, w: LatentWeights, a: LatentSpec
-    ) -> Any:
+    def attend_latent(self, q: torch.Tensor, c: torch.Tensor, kv: Any, m: Any, w: LatentWeights, a: LatentSpec) -> Any:
         nope, turned = q.view(len(q), -1, a.nope + a.rope).split([a.nope, a.rope], dim=-1)
         turned, key = self.rope(turned, c[:, None, a.rank :], w.table, m)
         row = self.rms_norm(c[:, : a.rank], w.norm, a.eps)
@@ -73,6 +80,7 @@ class NpuOps(TorchOps):
             t = 1 + a.attn_scale * (1 + m.positions // a.floor_scale).float().log()
             nope, turned = ((x * t[:, None, None]).to(q.dtype) for x in (nope, turned))
         if len(kv) == 1:
+            m.read_lengths()
             (cache,) = kv
             cache.view(-1, cache.shape[-1]).index_copy_(0, m.slots.long(), torch.cat([row, key[:, 0]], dim=1))
             out = latent.plain(nope, turned, kv, m, w.up, a)
@@ -84,7 +92,13 @@ class NpuOps(TorchOps):
                 out = latent.expand(nope, turned, kv, m, w.up, a, self._fused.mask)
         return out.flatten(1), kv
 
-    attend_sparse = Expansions.attend_sparse
+    def attend_sparse(
+        self, q: torch.Tensor, c: torch.Tensor, x: Index, kv: Any, m: Any, w: LatentWeights, a: LatentSpec, s: IndexSpec
+    ) -> Any:
+        """In torch."""
+        m.read_lengths()
+        m = replace(m, slots=m.slots.long(), pages=m.pages.long())
+        return super().attend_sparse(q, c, x, kv, m, LatentWeights(w.norm, w.up.float(), w.table), a, s)
 
     def gated(self, x: torch.Tensor, kind: Gate) -> torch.Tensor:
         if kind == "silu":
@@ -108,9 +122,8 @@ class NpuOps(TorchOps):
         return _combined(made.float(), weights, where.view(ids.shape))
 
     def logits(self, x: torch.Tensor, w: Linear, softcap: float | None = None) -> torch.Tensor:
-        if softcap is not None:
-            raise Unsupported("softcap")
-        return w(x)
+        out = w(x)
+        return out if softcap is None else out.div_(softcap).tanh_().mul_(softcap)
 
     def last(self, x: torch.Tensor, m: TorchMeta) -> torch.Tensor:
         return x.index_select(0, m.last)

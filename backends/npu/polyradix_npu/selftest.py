@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from polyradix_npu.compare import Compared, Seen
 
 PAGE = 128
-PROFILES = ("dense", "moe", "mla", "mesh")
+PROFILES = ("dense", "moe", "mla", "sparse", "quant", "mesh")
 COMMON = {"num_hidden_layers": 1, "vocab_size": 512, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 LATENT = {"kv_lora_rank": 512, "q_lora_rank": 64, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -101,10 +101,10 @@ def test_a_group_is_made_as_the_wheel_wants_it() -> None:
 def test_what_it_cannot_serve_is_named() -> None:
     backend = open_backend("npu", emulate=True)
     assert backend.caps.emulated
-    reasons = validate(Needs("bfloat16", 72, frozenset({"softcap"})), backend.caps, 16)
+    reasons = validate(Needs("bfloat16", 72, frozenset({"kv_fp8"})), backend.caps, 16)
     text = "; ".join(map(str, reasons))
     assert "head_dim 72; the backend offers multiples of 16 up to 512" in text
-    assert "feature softcap" in text
+    assert "feature kv_fp8" in text
     assert "page size 16; the backend offers 128" in text
     with pytest.raises(Unsupported, match="head_dim 528"):
         backend.alloc_kv(KVSpec(1, 1, 528, 128, "bfloat16"), 2)

@@ -15,7 +15,7 @@ from polyradix_npu.attention import Fused, Sinks
 from polyradix_npu.contracts import WrongCall
 from polyradix_npu.emulate.device import SimulatedDevice
 from polyradix_npu.emulate.graphs import device as the_device
-from polyradix_torch.ops import TorchMeta
+from polyradix_npu.meta import NpuMeta
 
 
 def on(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -114,7 +114,7 @@ def test_sinks_are_one_key_more(
     table = torch.tensor(pages, dtype=torch.int32).to("npu")
     lengths, rows = [9, 140], [0, 3, 4]
     positions = torch.tensor([6, 7, 8, 139], dtype=torch.int32).to("npu")
-    m = TorchMeta(positions, positions, positions, positions, table, rows, lengths)
+    m = NpuMeta(positions, positions, positions, positions, table, rows, lengths, newest=positions[2:])
     out = fused.attend(q, kv, m, AttnSpec(heads, dim**-0.5, window, sinks=sinks)).cpu().view(4, 4, dim)
     assert set(native) == (set() if len(refused) == 2 else {dim == 128 and bits == 16})
     wide, (k, v) = q.cpu().double().numpy(), (x.cpu().double().numpy() for x in kv)
