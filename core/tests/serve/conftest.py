@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import shutil
 import sys
@@ -16,8 +17,9 @@ import httpx
 import pytest
 import uvicorn
 
+from polyradix.engine.messages import Chunk
 from polyradix.serve.app import Server, make_app
-from polyradix.serve.client import EngineClient
+from polyradix.serve.client import Call, EngineClient
 from polyradix.serve.fake import ByteTokenizer, FakeEngine
 from polyradix.serve.run import listen
 
@@ -45,11 +47,18 @@ class Live:
         assert set(error) == {"message", "type", "param", "code"}
         return response.status_code, error
 
-    def wait(self, condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "did not happen in time"
             time.sleep(0.01)
+
+    def hang_up(self, path: str, body: object, when: Callable[[], bool]) -> None:
+        """Posts, and closes the connection once `when` is true."""
+        connection = http.client.HTTPConnection(self.http.base_url.host, self.http.base_url.port)
+        connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
+        self.wait(when)
+        connection.close()
 
     def metrics(self) -> dict[str, float]:
         lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
@@ -61,24 +70,24 @@ def live_server(engine: FakeEngine, tokenizer: Any = None, **options: Any) -> It
     sock = listen("127.0.0.1", 0)
     client = EngineClient(engine)
     server = Server(client, tokenizer or ByteTokenizer(), "fake", **options)
-    http = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, lifespan="off"))
+    serving = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, lifespan="off"))
 
     async def run() -> None:
         await client.start()
-        await http.serve(sockets=[sock])
+        await serving.serve(sockets=[sock])
         await client.close()
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     try:
-        with httpx.Client(base_url=url, timeout=20) as session:
+        with httpx.Client(base_url=url, timeout=60) as session:
             it = Live(url, engine, server, session)
             it.wait(lambda: client.ready is not None or client.error != "")
             yield it
     finally:
-        http.should_exit = True
-        thread.join(20)
+        serving.should_exit = True
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -101,6 +110,25 @@ def slow() -> Iterator[Live]:
     """Answers a token every 10 ms, as many as are asked for."""
     with live_server(FakeEngine(lambda _: [97] * 10_000, step_seconds=0.01, max_context=20_000)) as it:
         yield it
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
+    """Makes a fake engine for one request, which gets a token when it asks for more: each comes alone, however slow the
+    machine."""
+    asked, next_chunks = threading.Semaphore(0), Call.next
+
+    async def ask(self: Call) -> list[Chunk]:
+        asked.release()
+        return await next_chunks(self)
+
+    class Paced(FakeEngine):
+        def _step(self, rid: str) -> Chunk:
+            asked.acquire(timeout=60)
+            return super()._step(rid)
+
+    monkeypatch.setattr(Call, "next", ask)
+    return Paced
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -18,8 +20,21 @@ SCHEMA = {
 }
 
 
+def wait(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.02)
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; it may be left to nobody who would bury it."""
+    status = Path(f"/proc/{pid}/status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
 class Process:
-    """A running `polyradix serve`."""
+    """A running `polyradix serve`, and a client of it."""
 
     def __init__(self, model: Path, device: str, *options: str) -> None:
         args = ["serve", "--model", str(model), "--load-format", "dummy", "--device", device, "--port", "0", *options]
@@ -36,6 +51,7 @@ class Process:
             if "ready at" in line:
                 self.line = line
                 self.url = line.partition("ready at ")[2].partition(": ")[0]
+                self.http = httpx.Client(base_url=self.url, timeout=60)
                 return
         raise AssertionError(self.log)
 
@@ -47,11 +63,12 @@ class Process:
         return pid
 
     def metrics(self) -> dict[str, float]:
-        lines = [line for line in httpx.get(self.url + "/metrics").text.splitlines() if not line.startswith("#")]
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
     def close(self) -> None:
+        self.http.close()
         if self.process.poll() is None:
             self.process.terminate()
-        _, rest = self.process.communicate(timeout=20)
+        _, rest = self.process.communicate(timeout=60)
         self.log += rest

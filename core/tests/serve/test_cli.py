@@ -13,7 +13,7 @@ import pytest
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "polyradix.serve.cli", *args], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "polyradix.serve.cli", *args], capture_output=True, text=True, timeout=200
     )
 
 
@@ -120,5 +120,5 @@ def test_check_forecasts(model: Path, tmp_path: Path) -> None:
 )
 def test_processes_stay_apart(module: str, forbidden: list[str]) -> None:
     code = f"import {module}, sys; print(sorted(sys.modules.keys() & set({forbidden})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout == "[]\n", done.stderr

@@ -118,7 +118,7 @@ def test_existing_folder_is_left_alone(package: Path) -> None:
 def test_command(tmp_path: Path) -> None:
     def run(*args: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "polyradix.serve.cli", "new-backend", *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
 
     done = run("my_chip")
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from polyradix.engine.messages import Chunk
 from polyradix.serve.fake import ByteTokenizer, FakeEngine
 
 BAR = "\uff5c"
@@ -70,12 +71,12 @@ def serve(make_live: Any) -> Iterator[Callable[..., Any]]:
             tool_parser: str = "auto",
             reasoning_parser: str = "auto",
             template: str = "",
-            step: float = 0.0,
+            engine: Callable[..., FakeEngine] = FakeEngine,
         ) -> Any:
             tokenizer = Special(template)
-            engine = FakeEngine(lambda _: tokenizer.encode(output), max_context=4096, step_seconds=step)
+            fake = engine(lambda _: tokenizer.encode(output), max_context=10**9)
             parsers = {"tool_parser": tool_parser, "reasoning_parser": reasoning_parser}
-            live = stack.enter_context(make_live(engine, tokenizer, **parsers))
+            live = stack.enter_context(make_live(fake, tokenizer, **parsers))
             live.client = stack.enter_context(openai.OpenAI(base_url=live.url + "/v1", api_key="x", max_retries=0))
             live.tokenizer = tokenizer
             return live
@@ -143,12 +144,27 @@ def test_several_calls_and_one(serve: Any, stream: bool) -> None:
     assert len({c[0] for c in calls}) == 3
     content, _, calls, finish = ask(live, stream, tools=[NOW], parallel_tool_calls=False)
     assert (len(calls), content or "", finish) == (1, "", "tool_calls")
+
+
+class Endless(FakeEngine):
+    """Goes on with spaces, until it is told to stop."""
+
+    def _step(self, rid: str) -> Chunk:
+        self._running[rid][1].append(32)
+        return super()._step(rid)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_more_is_generated_once_a_second_call_begins(serve: Any, stream: bool) -> None:
+    live = serve('<tool_call>{"name": "now", "arguments": {}}</tool_call>\n' * 2, "hermes", engine=Endless)
+    content, _, calls, finish = ask(live, stream, tools=[NOW], parallel_tool_calls=False)
+    assert (len(calls), content or "", finish) == (1, "", "tool_calls")
     live.wait(lambda: live.engine.running == 0)
-    assert live.engine.aborts  # the rest is not generated
+    assert len(live.engine.aborts) == 1
 
 
-def test_streams_never_show_half_a_mark(serve: Any) -> None:
-    live = serve('Wait <b> <tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>', "hermes", step=0.005)
+def test_streams_never_show_half_a_mark(serve: Any, paced: Any) -> None:
+    live = serve('Wait <b> <tool_call>{"name": "now", "arguments": {"a": 1}}</tool_call>', "hermes", engine=paced)
     chunks = list(
         live.client.chat.completions.create(model="fake", messages=HELLO, tools=[NOW], stream=True, temperature=0)
     )
