@@ -94,7 +94,7 @@ def test_a_case_that_hangs_is_an_error_in_a_report_that_does_not_verify(
 ) -> None:
     vendor("Vendor.memory = lambda self: time.sleep(600)")
     assert run(out, "vendor", "/float32", "--only", "L0/memory", "--timeout", "2.5") == 1
-    assert "error       L0/memory/float32 2.5" in capsys.readouterr().out
+    assert "error       L0/memory/float32 " in capsys.readouterr().out
     report = load(out)
     assert [c["detail"] for c in report["cases"]] == ["timed out after 2.5 s"] * 2
     assert report["counts"] == {"error": 2}
@@ -112,7 +112,8 @@ def test_a_case_that_hangs_is_an_error_in_a_report_that_does_not_verify(
 def test_a_backend_that_cannot_be_opened_leaves_no_report(
     vendor: Install, monkeypatch: pytest.MonkeyPatch, out: Path, capsys: Capture, source: str, message: str
 ) -> None:
-    monkeypatch.setattr(supervisor, "OPEN_S", 4.0)
+    if "sleep" in source:
+        monkeypatch.setattr(supervisor, "OPEN_S", 4.0)
     vendor(source)
     out.write_text("the report of a better day")
     assert run(out, "vendor", "L0/", "--timeout", "1") == 2

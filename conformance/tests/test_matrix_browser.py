@@ -48,7 +48,7 @@ class Browser:
     def close(self) -> None:
         self._session = ""
         self.call("Browser.close")
-        self._process.wait(20)
+        self._process.wait(60)
         os.close(self._in)
         os.close(self._out)
 
@@ -77,7 +77,7 @@ class Browser:
         return out["result"].get("value")
 
     def until(self, expression: str) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while not self.js(expression):
             if time.monotonic() > end:
                 raise TimeoutError(expression)

@@ -44,10 +44,10 @@ def test_sabotage_is_killed(name: str, record_property: Callable[[str, object], 
     print(f"{name} killed by {result.id}: {result.detail}")
 
 
-@pytest.mark.parametrize(("name", "detail"), [("Hang", "timed out after 3 s"), ("Crash", "7")])
+@pytest.mark.parametrize(("name", "detail"), [("Hang", "timed out after 10 s"), ("Crash", "7")])
 def test_a_supervisor_survives(name: str, detail: str) -> None:
     ids = ["L1/add/normal/float32", "L1/attend/whole/normal/float32", "L1/gated/normal/float32"]
-    _, results = supervise(SabotageJob(name), ids, timeout=3)
+    _, results = supervise(SabotageJob(name), ids, timeout=10)
     assert [r.status for r in results] == ["pass", "error", "pass"]
     assert detail in results[1].detail
 

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+# Every machine sees the same examples, however slow it is; a fixture is made once for all of them.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=SLOW)
+settings.load_profile("steady")
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from polyradix.backend import null
 from polyradix.backend.batch import Adjust, HostBatch, SampleBatch
 from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.null import entry
@@ -58,15 +60,22 @@ def test_pages_read_as_zeros_of_the_right_form() -> None:
     assert not data.any()
 
 
-def test_steps_take_their_time_off_the_callers_thread() -> None:
+def test_steps_take_their_time_off_the_callers_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, go = list[float](), threading.Event()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        go.wait(60)
+
+    monkeypatch.setattr(null, "time", SimpleNamespace(sleep=sleep))
     backend = entry.create(step_time_s=0.05, async_launch=True)
     run = backend.compile(lambda ops, params, kv, m: (None, kv), Limits(9, 9, 9))
-    start = time.monotonic()
     handles = [run(Params({}, []), None, rows(1))[0] for _ in range(3)]
-    launched = time.monotonic() - start
-    backend.fetch(handles[-1]).result()
-    assert launched < 0.05
-    assert time.monotonic() - start >= 0.15
+    last = backend.fetch(handles[-1])
+    assert not last.done()
+    go.set()
+    last.result()
+    assert slept == [0.05] * 3
 
 
 def test_masks_and_adjustments_are_declined() -> None:

@@ -180,7 +180,7 @@ class Model:
         return out
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     page_size=st.integers(1, 3),
     eviction=st.sampled_from(["lru", "lfu", "slru", "priority"]),

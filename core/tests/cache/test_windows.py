@@ -99,7 +99,7 @@ def test_the_longest_sequence_takes_no_more_pages_than_there_are(groups):
         assert groups.pages(longest, 4) <= pages < groups.pages(longest + 1, 4)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(
     page_size=st.integers(1, 3),
     window=st.integers(2, 7),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polyradix.engine.detokenizer import Detokenizer
@@ -53,7 +53,6 @@ ANY_IDS = st.lists(st.sampled_from([*b"abc", *"é😀".encode(), *range(SPECIAL,
 STOPS = st.lists(st.text("abcé😀 ", min_size=1, max_size=4) | st.text("ab", min_size=3, max_size=5), max_size=4)
 
 
-@settings(deadline=None)
 @given(st.data(), TEXT_IDS | ANY_IDS, STOPS, st.booleans())
 def test_any_split_gives_the_same_text(data: st.DataObject, ids: list[int], stop: list[str], include: bool) -> None:
     cuts = data.draw(st.lists(st.integers(0, len(ids)), max_size=len(ids)))
@@ -65,7 +64,6 @@ def test_any_split_gives_the_same_text(data: st.DataObject, ids: list[int], stop
         assert whole.startswith(expected(ids, stop) + detokenizer.stop)
 
 
-@settings(deadline=None)
 @given(TEXT_IDS, STOPS)
 def test_nothing_given_out_is_taken_back(ids: list[int], stop: list[str]) -> None:
     """At every point, what was given out begins the final text of every continuation that completes a stop string."""

@@ -259,7 +259,7 @@ def test_what_takes_too_long_is_refused_and_kept_for_the_next(make: Any, monkeyp
         last = _drain(core)["slow"][-1]
     assert (last.finish, last.param) == ("error", "grammar")
     assert "longer than 0.005 s" in last.error
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while last.finish == "error":
         assert time.monotonic() < deadline
         _submit(core, "again", slow, max_tokens=5)
@@ -277,11 +277,11 @@ def test_a_flood_of_large_schemas_is_refused_and_delays_no_small_one(
 
     def slow(tokenizer: Any, spec: GrammarSpec, specials: dict[str, int]) -> Any:
         begun.append(spec.source)
-        assert len(spec.source) < compiler.SMALL or go.wait(30)
+        assert len(spec.source) < compiler.SMALL or go.wait(120)
         return compiled(tokenizer, spec, specials)
 
     monkeypatch.setattr(compiler, "_Compiled", slow)
-    monkeypatch.setattr(compiler, "LIMIT_SECONDS", 30)
+    monkeypatch.setattr(compiler, "LIMIT_SECONDS", 120)
     bigs = [_schema({"const": f"{i}" + "x" * compiler.SMALL}) for i in range(compiler.QUEUE + 8)]
     for i, spec in enumerate(bigs):
         _submit(core, f"big{i}", spec, max_tokens=2)
@@ -296,7 +296,7 @@ def test_a_flood_of_large_schemas_is_refused_and_delays_no_small_one(
     out = _drain(core)
     assert len(out) == compiler.QUEUE
     assert all("took longer than 0.01 s" in chunks[-1].error for chunks in out.values())
-    monkeypatch.setattr(compiler, "LIMIT_SECONDS", 30)
+    monkeypatch.setattr(compiler, "LIMIT_SECONDS", 120)
     go.set()
     _submit(core, "again", bigs[-1], max_tokens=2)
     assert _drain(core)["again"][-1].finish == "length"

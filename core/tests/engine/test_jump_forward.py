@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -221,7 +221,6 @@ def test_other_rows_get_what_they_got(folder: Path) -> None:
     assert {rid: tokens for rid, tokens in jumping.items() if rid in alone} == alone
 
 
-@settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=30))
 def test_forced_text_is_exactly_its_tokens(folder: Path, text: str) -> None:
     """Also of text that no model saw; and what a tokenizer splits without a change is split so."""

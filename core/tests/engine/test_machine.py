@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -146,10 +146,4 @@ class Traffic(RuleBasedStateMachine):
 
 
 TestTraffic: Callable[..., Any] = Traffic.TestCase
-Traffic.TestCase.settings = settings(
-    max_examples=30,
-    stateful_step_count=30,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+Traffic.TestCase.settings = settings(max_examples=30, stateful_step_count=30)

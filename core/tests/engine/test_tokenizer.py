@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -87,13 +87,11 @@ LIBRARY = byte_level()
 OURS = Tokenizer(LIBRARY)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, LIBRARY.get_vocab_size() - 1), max_size=30), st.booleans())
 def test_any_ids_decode_as_in_the_library(ids: list[int], skip: bool) -> None:
     assert OURS.decode(ids, skip) == LIBRARY.decode(ids, skip_special_tokens=skip)
 
 
-@settings(deadline=None)
 @given(st.text(), st.integers(1, 4))
 def test_streamed_text_is_the_text(text: str, size: int) -> None:
     ids, detokenizer = OURS.encode(text), OURS.detokenizer(skip_special=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from token_device import VOCAB, FakeDevice
@@ -152,10 +152,4 @@ class WindowedTraffic(Traffic):
 
 
 TestTraffic, TestWindowedTraffic = Traffic.TestCase, WindowedTraffic.TestCase
-TestTraffic.settings = TestWindowedTraffic.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+TestTraffic.settings = TestWindowedTraffic.settings = settings(max_examples=60, stateful_step_count=40)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyradix.serve.fake import FakeEngine
@@ -336,9 +336,7 @@ FIELDS = [
 ]
 
 
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
-)
+@settings(max_examples=250)
 @given(
     path=st.sampled_from([CHAT, TEXT, NATIVE, "/v1/responses"]),
     body=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=5),

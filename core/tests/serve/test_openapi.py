@@ -26,7 +26,7 @@ schema = schemathesis.openapi.from_dict(app.openapi())
 
 
 @schema.parametrize()
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_no_server_errors(case: Any, server: Any) -> None:
     response = case.call(base_url=server.url)
     checks = (not_a_server_error, status_code_conformance, response_schema_conformance)

@@ -251,7 +251,7 @@ NAMES = st.sampled_from(["type", "role", "content", "text", "call_id", "name", "
 THING = st.recursive(SCALAR, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(NAMES, inner, max_size=5))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150)
 @given(items=st.lists(THING, max_size=3), tools=st.lists(THING, max_size=2))
 def test_never_a_500(plain: Any, items: list[Any], tools: list[Any]) -> None:
     reply = plain.post(PATH, {"input": items, "tools": tools})
