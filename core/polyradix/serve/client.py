@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import shutil
@@ -31,6 +32,7 @@ from polyradix.engine.messages import (
 )
 
 log = logging.getLogger(__name__)
+AT_ONCE = 64  # messages of the engine that are taken before others have their turn
 
 
 class EngineDead(Exception):
@@ -224,8 +226,10 @@ class EngineClient:
     async def _receive(self) -> None:
         decoder = msgspec.msgpack.Decoder(FromEngine)
         try:
-            while True:
+            for n in itertools.count(1):
                 self._take(decoder.decode(await self._pull.recv()))
+                if n % AT_ONCE == 0:
+                    await asyncio.sleep(0)  # to receive what is there already does not let others run
         except Exception as error:
             log.exception("cannot read from the engine")
             self._lost(f"cannot read from the engine: {error}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
-from polyradix.engine.messages import Chunk, Stats, TokenLogProbs
+from polyradix.engine.messages import Chunk, FromEngine, Stats, TokenLogProbs
 from polyradix.schedule.params import SamplingParams
+from polyradix.serve.client import EngineClient
 from polyradix.serve.errors import ApiError
-from polyradix.serve.fake import ByteTokenizer
+from polyradix.serve.fake import ByteTokenizer, FakeEngine
 from polyradix.serve.generation import Choice, Generation
 from polyradix.serve.metrics import Metrics
 from polyradix.serve.parsers.base import Parser
@@ -98,3 +100,28 @@ def test_what_came_before_an_error_is_given_out() -> None:
     assert piece.text == "ab"
     with pytest.raises(ApiError, match="why"):
         asyncio.run(run.next())
+
+
+def test_an_engine_that_never_pauses_lets_others_run() -> None:
+    """All its messages are there at once."""
+    left = 10_000
+
+    class Socket:
+        async def recv(self) -> bytes:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise asyncio.CancelledError
+            message: FromEngine = Stats()
+            return msgspec.msgpack.encode(message)
+
+    async def run() -> int:
+        client: Any = EngineClient(FakeEngine())
+        client._pull = Socket()
+        task = asyncio.create_task(client._receive())
+        await asyncio.sleep(0)
+        turn = left
+        await asyncio.wait([task])
+        return turn
+
+    assert asyncio.run(run()) > 9_000
