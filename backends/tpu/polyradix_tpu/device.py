@@ -36,15 +36,14 @@ class Entry:
         tp: int = 1,
         platform: str = "auto",
         growth: int | None = None,
-        cache: str | None = None,
         warm: bool | int = False,
         kernels: str = "auto",
     ) -> Backend:
         """`platform`: auto is the best that JAX finds. `growth`: how many times larger each size of batch is than the
-        one before; None is 2 on a TPU, and 4 elsewhere, to compile less. `cache`: a folder for JAX's compiled programs,
-        None leaves JAX's own setting (JAX_COMPILATION_CACHE_DIR). `warm`, or POLYRADIX_TPU_WARM in the environment: the
-        first step compiles those of all sizes of batch; otherwise each is compiled when it is first met. `kernels`:
-        pallas, xla, or auto: Pallas on a TPU where it takes the shape, else XLA. Elsewhere Pallas is interpreted."""
+        one before; None is 2 on a TPU, and 4 elsewhere, to compile less. `warm`, or POLYRADIX_TPU_WARM in the
+        environment: the first step compiles the programs of all sizes of batch; otherwise each is compiled when it is
+        first met. `kernels`: pallas, xla, or auto: Pallas on a TPU where it takes the shape, else XLA. Elsewhere Pallas
+        is interpreted. Where compiled programs are kept, JAX says: JAX_COMPILATION_CACHE_DIR."""
         if tp < 1:
             raise ValueError(f"tp is {tp}; expected at least 1")
         if platform not in PLATFORMS:
@@ -56,11 +55,6 @@ class Entry:
             names = ", ".join(map(str, devices))
             more = "; set JAX_NUM_CPU_DEVICES before jax starts for more" if devices[0].platform == "cpu" else ""
             raise Unsupported(f"tp {tp}", f"JAX has {len(devices)} devices: {names}{more}")
-        if cache:
-            import jax
-
-            jax.config.update("jax_compilation_cache_dir", cache)
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         from polyradix_tpu.backend import TPUBackend
 
         return TPUBackend(devices, tp, growth, bool(warm or os.environ.get("POLYRADIX_TPU_WARM")), kernels)
