@@ -118,7 +118,10 @@ class JaxOps(Expansions):
         key = jnp.concatenate([first[:, 0], key[:, a.rope :]], axis=1)
 
         def over(asked: jax.Array, turned: jax.Array, kv: jax.Array) -> jax.Array:
-            return sparse.attend(jnp.concatenate([asked, turned], axis=2), index, _wide(x.weights), kv, m, a, s)
+            if m.shape.pages * kv.shape[1] <= s.top_k:  # every row is seen
+                return self._kernels.latent(asked, turned, kv, m, a.scale)
+            q = jnp.concatenate([asked, turned], axis=2)
+            return sparse.attend(q, index, _wide(x.weights), kv, m, a, s, self._kernels.scores)
 
         return self._over_rows(q, c, key, kv, m, w, a, over)
 

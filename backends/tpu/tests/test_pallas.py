@@ -15,6 +15,7 @@ CHOSEN = (
     "L1/attend/mixed/softcap/bfloat16",
     "L1/moe/sigmoid/bfloat16",
     "L1/attend_latent/shape-kernel-tiles/bfloat16",
+    "L1/attend_sparse/top-1/float32",
 )
 CASES = [c for c in all_cases() if c.id in CHOSEN]  # few: the interpreter is slow
 

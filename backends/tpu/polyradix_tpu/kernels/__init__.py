@@ -5,7 +5,7 @@ its own and the same signature.
 and the rank's AttnSpec; it gives [T,Hq,D] in q's dtype. `Write` takes k and v [T,Hk,D] and gives the new cache. Keys
 and values of one head are neighbours: head h has its keys in row 2h, its values in row 2h + 1. C is D, or more with
 zeros from D on: a TPU stores multiples of 128, and of a narrower array it may make pages the last axis. `Grouped` is
-grouped_matmul's, `Latent` the first result of mla_attention.
+grouped_matmul's, `Latent` the first result of mla_attention, `Score` index_scores'.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from jax.experimental.pallas import tpu as pltpu
 from polyradix.backend.protocol import AttnSpec
 from polyradix_tpu import batch
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels import grouped_matmul, kv_write, xla
+from polyradix_tpu.kernels import grouped_matmul, index_scores, kv_write, xla
 from polyradix_tpu.kernels import mla_attention as mla
 from polyradix_tpu.kernels import ragged_paged_attention as ragged
 from polyradix_tpu.kernels.grouped_matmul import validate
+from polyradix_tpu.kernels.mla_attention.sparse import Score
 from polyradix_tpu.kernels.mla_attention.validate import problems as latent_problems
 
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, JaxMeta, AttnSpec], jax.Array]
 Write: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta], jax.Array]
 Grouped: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
 Latent: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, JaxMeta, float], jax.Array]
 
 NAMES = ("auto", "pallas", "xla")
@@ -60,6 +60,15 @@ class Kernels:
     grouped: Grouped
     tile: int = batch.TILE
     latent: Latent = _latent_xla
+    scores: Score = index_scores.scores_xla
+
+
+def _scores(
+    index: jax.Array, weights: jax.Array, cache: jax.Array, pages: jax.Array, until: jax.Array, first: int
+) -> jax.Array:
+    args = index, weights, cache, pages, until, first
+    found = index_scores.problems(*args, index_scores.choose(index, cache, pages))
+    return (index_scores.scores_xla if found else index_scores.scores)(*args)
 
 
 def _write(k: jax.Array, v: jax.Array, kv: jax.Array, m: JaxMeta) -> jax.Array:
@@ -79,12 +88,18 @@ XLA = Kernels("XLA", xla.write, xla.attend, grouped_matmul.xla)
 """Attention in plain XLA: pages are gathered, tile by tile, and a masked softmax covers all of a bucket's context."""
 
 PALLAS = Kernels(
-    "Pallas", kv_write.write, ragged.attend, grouped_matmul.grouped_matmul, ragged.TILE, latent=_latent_pallas
+    "Pallas",
+    kv_write.write,
+    ragged.attend,
+    grouped_matmul.grouped_matmul,
+    ragged.TILE,
+    _latent_pallas,
+    index_scores.scores,
 )
 """Compiled for a TPU; raises ValueError for shapes that the kernels do not take."""
 
 AUTO = Kernels(
-    "Pallas, and XLA for shapes that it does not take", _write, _attend, _grouped, ragged.TILE, latent=_latent
+    "Pallas, and XLA for shapes that it does not take", _write, _attend, _grouped, ragged.TILE, _latent, _scores
 )
 
 
@@ -97,7 +112,6 @@ def choose(name: str, on_tpu: bool) -> Kernels:
     if on_tpu:
         return AUTO if name == "auto" else PALLAS
     interpret = pltpu.InterpretParams()
-    own = (kv_write.write, ragged.attend, grouped_matmul.grouped_matmul)
-    latent = partial(_latent_pallas, interpret=interpret)
-    write, attend, grouped = (partial(f, interpret=interpret) for f in own)
-    return Kernels("Pallas, interpreted", write, attend, grouped, latent=latent)
+    own = (kv_write.write, ragged.attend, grouped_matmul.grouped_matmul, _latent_pallas, index_scores.scores)
+    write, attend, grouped, latent, scores = (partial(f, interpret=interpret) for f in own)
+    return Kernels("Pallas, interpreted", write, attend, grouped, latent=latent, scores=scores)

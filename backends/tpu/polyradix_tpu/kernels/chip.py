@@ -30,6 +30,11 @@ def tuned(file: Path) -> Any:
     return table.get(name, table[DEFAULT])
 
 
+def lanes(n: int) -> int:
+    """Rounded up to whole lane tiles."""
+    return -(-n // LANES) * LANES
+
+
 @cache
 def _read(file: Path) -> dict[str, Any]:
     table: dict[str, Any] = json.loads(file.read_text())

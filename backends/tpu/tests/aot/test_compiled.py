@@ -14,13 +14,15 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from polyradix.backend.protocol import Heads
+from polyradix.backend.protocol import Heads, IndexSpec, LatentSpec
 from polyradix_tpu.aot import programs
 from polyradix_tpu.aot.bundles import decode_bundles, too_slow
 from polyradix_tpu.aot.chips import CHIPS, topology
 from polyradix_tpu.aot.gates import Program, build
 from polyradix_tpu.aot.programs import read_model, steps, struct
-from polyradix_tpu.kernels import choose
+from polyradix_tpu.batch import Shape, unpack
+from polyradix_tpu.kernels import XLA, choose
+from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.ops import JaxOps
 
 LLAMA = replace(read_model("llama-3.1-8b"), layers=1, vocab=32000)
@@ -98,6 +100,20 @@ def test_a_layout_whose_writes_copy_the_cache_fails(chip):
     for write, shape, gate in ((split, (2, 2, 16), ["temp"]), (together, (16, 4), [])):
         kv = pool(chip, 50_000, *shape, 128)
         assert gates(build(CHIPS[chip], program(write, (kv, rows, at), temp=1 << 26))) == gate
+
+
+@pytest.mark.parametrize(("chip", "kernels"), [("v5e", PALLAS), ("tpu7x", PALLAS), ("v5e", XLA)])
+def test_attention_over_selected_rows_copies_no_cache(chip, kernels):
+    a, s = LatentSpec(16, 512, 128, 64, 128, 0.07, 1e-6), IndexSpec(64, 128, 128, 1e-6)
+    shape, held = Shape(8, 8, 8, 1), pool(chip, 30_000, 64, 768)
+    args = held, pool(chip, 8, 16, 576), pool(chip, 8, 64, 128), pool(chip, 8, 64, dtype=jnp.float32)
+    vector = pool(chip, shape.length, dtype=jnp.int32)
+
+    def attend(cache, q, index, weights, vector):
+        return sparse.attend(q, index, weights, cache, unpack(vector, shape), a, s, kernels.scores)
+
+    row = build(CHIPS[chip], program(attend, (*args, vector), donated=(), alias=0, temp=1 << 26))
+    assert row.failures == ()
 
 
 def test_a_cache_that_is_not_donated_fails():

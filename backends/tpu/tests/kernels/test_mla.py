@@ -13,7 +13,8 @@ from polyradix.backend.batch import HostBatch
 from polyradix.backend.protocol import Heads
 from polyradix_tpu.batch import JaxMeta, Ladder, Shape, pack, unpack
 from polyradix_tpu.kernels import mla_attention as mla
-from polyradix_tpu.kernels.mla_attention import Blocks, kernel, lanes, reference, xla
+from polyradix_tpu.kernels.chip import lanes
+from polyradix_tpu.kernels.mla_attention import Blocks, kernel, reference, xla
 
 CHECKED = pltpu.InterpretParams(detect_races=True)
 EAGER = pltpu.InterpretParams(dma_execution_mode="eager")
@@ -42,16 +43,15 @@ class Latents:
 
 @pytest.fixture
 def latents(case):
-    """Seeded values, pages shuffled, and NaN wherever no sequence has a row."""
+    """Seeded values, pages shuffled, and NaN wherever no sequence has a row, and in the columns that are not read."""
 
     def make(lengths: tuple[list[int], list[int]], heads: int, dtype: str) -> Latents:
         rng = np.random.default_rng(heads)
         host = case(*lengths, Heads(1, 1, 8), PAGE, dtype).host
         shape = Ladder(2).shape(host)
-        cache = np.full((host.pages.max() + 1, PAGE, lanes(LATENT + ROPE)), np.nan)
+        cache = np.full((host.pages.max() + 1, PAGE, lanes(LATENT + ROPE) + 128), np.nan)
         for row, length in zip(host.pages, host.kv_len, strict=True):
             at = np.arange(length)
-            cache[row[at // PAGE], at % PAGE] = 0
             cache[row[at // PAGE], at % PAGE, : LATENT + ROPE] = rng.standard_normal((length, LATENT + ROPE))
         q = (jnp.asarray(rng.standard_normal((shape.tokens, heads, n)), dtype) for n in (LATENT, ROPE))
         return Latents(host, unpack(jnp.asarray(pack(host, shape)), shape), *q, jnp.asarray(cache, dtype))
@@ -147,7 +147,7 @@ BAD = [
     ({"q_latent": struct(63, 16, 512)}, "q_latent's shape is (63, 16, 512); expected [T,H,R]"),
     ({"q_rope": struct(64, 8, 64)}, "q_rope's shape is (64, 8, 64); expected [T,H,Dr]"),
     ({"cache": struct(99, 640)}, "cache's shape is (99, 640); expected [pages, page, W]"),
-    ({"cache": struct(99, 64, 576)}, "W is 576; expected 640 for R + Dr = 576"),
+    ({"cache": struct(99, 64, 576)}, "W is 576; expected whole tiles of 128 for R + Dr = 576"),
     ({"cache": struct(99, 64, 640, dtype="float32")}, "dtypes is ['bfloat16', 'float32']; expected one of"),
     ({"q_latent": struct(64, 16, 500)}, "R is 500; expected a multiple of 128"),
     ({"q_latent": struct(64, 8, 512), "q_rope": struct(64, 8, 64)}, "heads is 8; expected a multiple of 16"),

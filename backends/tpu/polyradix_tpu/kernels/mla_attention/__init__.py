@@ -3,7 +3,7 @@
     out[t,h] = softmax(scale * (q_latent[t,h] . c + q_rope[t,h] . k)) c    over the rows (c, k) up to t's position
 
 q_latent [T,H,R], q_rope [T,H,Dr], both in the cache's dtype; cache [pages, page, W] with this batch's rows already in
-it, W = R + Dr in whole tiles of 128: c, then k (already rotated), then zeros. Decode and prefill rows may be mixed. The
+it, W whole tiles of 128: c, then k (already rotated), then what is not read. Decode and prefill rows may be mixed. The
 result is [T,H,R] in that dtype and, if `lse`, the natural log of the sum of exponentials, f32[T,H]; else None. bfloat16
 or float32; sums in float32. Padded rows of the result hold anything, NaN as well.
 """
@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from polyradix_tpu.batch import TILE, JaxMeta, Shape, unpack
-from polyradix_tpu.kernels.chip import tuned
+from polyradix_tpu.kernels.chip import lanes, tuned
 from polyradix_tpu.kernels.mla_attention import kernel, xla
-from polyradix_tpu.kernels.mla_attention.validate import Blocks, lanes, problems
+from polyradix_tpu.kernels.mla_attention.validate import Blocks, problems
 
 BLOCKS = Path(__file__).with_name("blocks.json")
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from polyradix_tpu.batch import JaxMeta
-from polyradix_tpu.kernels.chip import LANES
+from polyradix_tpu.kernels.chip import LANES, lanes
 from polyradix_tpu.kernels.mla_attention.validate import VMEM, Blocks, units
 from polyradix_tpu.kernels.xla import HIDDEN, precision
 
@@ -81,7 +81,8 @@ def _kernel(z: Sizes, pages: Ref, *refs: Ref) -> None:
     def rows(unit: Any, block: Any, slot: Any, wait: bool = False) -> None:
         at, most = p.seq[unit] * z.pages + block * held.shape[1], held.shape[1]
         left = pl.cdiv(p.first[unit] + p.count[unit] - block * keys, held.shape[2])
-        _move(jnp.minimum(left, most), lambda i: [(cache.at[pages[at + i]], held.at[slot, i])], arrived.at[slot], wait)
+        read = cache.at[:, :, pl.ds(0, held.shape[3])]
+        _move(jnp.minimum(left, most), lambda i: [(read.at[pages[at + i]], held.at[slot, i])], arrived.at[slot], wait)
 
     def results(unit: Any, wait: bool = False) -> None:
         row, pairs = p.row[unit], [*zip((done, logs), outs, strict=False)]
@@ -154,8 +155,8 @@ def call(
 ) -> tuple[jax.Array, jax.Array | None]:
     """See the package."""
     p = plan(m, blocks)
-    (tokens, heads, latent), rope, (_, page, wide) = q_latent.shape, q_rope.shape[2], cache.shape
-    each, dtype = (blocks.queries, heads), cache.dtype
+    (tokens, heads, latent), rope, page = q_latent.shape, q_rope.shape[2], cache.shape[1]
+    each, dtype, wide = (blocks.queries, heads), cache.dtype, lanes(latent + rope)
     state = pltpu.VMEM((blocks.queries * heads, LANES), jnp.float32)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out = pl.pallas_call(
