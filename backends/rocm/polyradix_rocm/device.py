@@ -24,7 +24,8 @@ class Entry:
     def probe(self) -> Found:
         missing = [name for name in ("torch", "triton") if find_spec(name) is None]
         if missing:
-            return Found(False, f"{' and '.join(missing)} not installed")
+            hint = ": torch for ROCm brings it, and to emulate, pip install triton" if missing == ["triton"] else ""
+            return Found(False, f"{' and '.join(missing)} not installed{hint}")
         if DRIVER.exists():
             return Found(True, f"AMD driver found ({DRIVER})", rank=20)
         detail = f"no AMD driver ({DRIVER}); AITER can be simulated"

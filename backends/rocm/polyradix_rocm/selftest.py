@@ -15,18 +15,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import torch
 
 from polyradix_rocm.aiter.calls import Aiter
-from polyradix_rocm.aiter.installed import installed, summary
+from polyradix_rocm.aiter.installed import NoAiter, installed, summary
 from polyradix_rocm.cases import SERVING, SMALL, Case, Shapes, cases
 from polyradix_rocm.device import ARCHS, arch_of, check_torch
 from polyradix_rocm.simulator import FP8, Simulator
 from polyradix_torch.gpu import use_gpu
 
-PROFILES = ("dense", "moe", "mla", "quant", "sparse")
+PROFILES = ("dense", "moe", "mla", "quant", "sparse", "mesh")
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,10 @@ def conformance(options: list[str], folder: Path) -> Iterator[Result]:
     if find_spec("polyradix_conformance") is None:
         yield Result("conform", "not run", "polyradix-conformance is not installed")
         return
-    what = [(f"conform run {p}", ["run", "--profile", p], f"rocm-{p}.json") for p in PROFILES]
     emulated = "--emulate" in options
+    alone = emulated or torch.cuda.device_count() < 2
+    profiles = PROFILES[:-1] if alone else PROFILES
+    what = [(f"conform run {p}", ["run", "--profile", p], f"rocm-{p}.json") for p in profiles]
     what += [] if emulated else [("conform perf", ["perf"], "rocm-perf.json")]
     for name, words, report in what:
         command = [sys.executable, "-m", "polyradix_conformance.cli", *words, "--backend", "rocm", *options]
@@ -154,7 +157,7 @@ def versions(aiter: Aiter | None, what: str) -> dict[str, str]:
 
 
 def opened(simulate: str | None) -> tuple[Aiter, str]:
-    """Raises RuntimeError, saying what is missing."""
+    """Raises NoAiter, and RuntimeError where nothing can run, saying what is missing."""
     if simulate:
         return Aiter(Simulator(simulate, "0.1.20")), f"simulated for {simulate}: this shows nothing of the hardware"
     check_torch(torch)
@@ -163,13 +166,16 @@ def opened(simulate: str | None) -> tuple[Aiter, str]:
     return Aiter(found), summary(found)
 
 
-def checks(aiter: Aiter, simulated: bool, whole: bool, folder: Path) -> Iterator[Result]:
+def checks(aiter: Aiter | None, simulated: bool, whole: bool, folder: Path) -> Iterator[Result]:
+    """Without AITER, of what is left: Triton's kernels, torch and RCCL."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    yield from (Result(name, "fail", why) for name, why in aiter.unfit.items())
-    for shapes in (SMALL, SERVING) if whole and not simulated else (SMALL,):
-        yield from (result for _, result in compared(aiter, shapes, device))
+    if aiter is not None:
+        yield from (Result(name, "fail", why) for name, why in aiter.unfit.items())
+        for shapes in (SMALL, SERVING) if whole and not simulated else (SMALL,):
+            yield from (result for _, result in compared(aiter, shapes, device))
     if not simulated:
-        yield from captured(aiter, device)
+        if aiter is not None:
+            yield from captured(aiter, device)
         yield tried("torch: bfloat16 times bfloat16 in float32", multiplied)
         yield all_reduced()
     if whole:
@@ -178,13 +184,15 @@ def checks(aiter: Aiter, simulated: bool, whole: bool, folder: Path) -> Iterator
 
 def selftest(simulate: str | None, folder: Path, whole: bool) -> int:
     """Prints a page, writes rocm-selftest.json into `folder`, and gives the exit code."""
-    aiter = None
-    results: Iterator[Result]
+    aiter: Aiter | None = None
+    results: Iterator[Result] = iter(())
     try:
         aiter, what = opened(simulate)
         results = checks(aiter, bool(simulate), whole, folder)
     except RuntimeError as error:
         what, results = "cannot be used", iter([Result("AITER", "fail", str(error))])
+        if isinstance(error, NoAiter):
+            results = chain(results, checks(None, bool(simulate), whole, folder))
     facts, seen = versions(aiter, what), list[Result]()
     print("\n".join(f"{name:8} {text}" for name, text in facts.items()))
     for r in results:

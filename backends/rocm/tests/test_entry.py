@@ -36,7 +36,8 @@ def test_probe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = entry.probe()
     assert (found.available, found.emulated, found.rank) == (True, False, 20)
     monkeypatch.setattr(device, "find_spec", lambda name: None if name == "triton" else find_spec(name))
-    assert (entry.probe().available, entry.probe().detail) == (False, "triton not installed")
+    hint = ": torch for ROCm brings it, and to emulate, pip install triton"
+    assert (entry.probe().available, entry.probe().detail) == (False, f"triton not installed{hint}")
 
 
 def fake(name: str, hip: str | None = "6.4") -> SimpleNamespace:
@@ -113,6 +114,11 @@ def test_of_several_gpus_each_rank_has_its_own(amd: pytest.MonkeyPatch) -> None:
     amd.setattr(gpu, "use_gpu", lambda index: None)
     amd.setattr(gpu.torch.cuda, "device_count", lambda: 4)
     amd.setattr(gpu, "Mesh", lambda make, join, tp: (make, join, tp))
+    amd.setattr(gpu.dist, "is_nccl_available", lambda: False)
+    amd.setattr(gpu.torch.version, "hip", "7.1")
+    with pytest.raises(RuntimeError, match=r"tp 3: torch .* is built without RCCL: install another, or take tp 1"):
+        entry.create(index=1, tp=3)
+    amd.setattr(gpu.dist, "is_nccl_available", lambda: True)
     make, join, tp = entry.create(index=1, tp=3)
     assert (join, tp) == (gpu.nccl, 3)
     made = pickle.loads(pickle.dumps(make))  # as it comes to the others

@@ -13,6 +13,7 @@ from whole import MODELS, answers, core, follow, prompts
 from polyradix.backend.registry import open_backend
 from polyradix_rocm import selftest
 from polyradix_rocm.aiter.calls import CALLS, Aiter
+from polyradix_rocm.aiter.installed import NoAiter
 from polyradix_rocm.backend import CpuBackend
 from polyradix_rocm.cases import SMALL, cases
 from polyradix_rocm.simulator import FP8, Simulator
@@ -53,6 +54,24 @@ def test_a_page_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_without_the_hardware(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main(["selftest", "-o", str(tmp_path)]) == 1
     assert "is not built for ROCm: install one" in capsys.readouterr().out
+
+
+def test_without_aiter_the_rest_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(simulate: str | None) -> Any:
+        raise NoAiter("amd-aiter is not installed: install it")
+
+    monkeypatch.setattr(selftest, "opened", opened)
+    monkeypatch.setattr(selftest, "multiplied", lambda: "differs by 0")
+    monkeypatch.setattr(selftest.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(selftest.torch.multiprocessing, "spawn", lambda rank, args, nprocs: None)
+    monkeypatch.setattr(selftest, "_last_line", lambda command: " ".join(command[3:7]))
+    assert selftest.main(["selftest", "-o", str(tmp_path)]) == 1
+    page = capsys.readouterr().out
+    assert "amd-aiter is not installed: install it" in page
+    for text in ("over 2 GPUs", "run --profile mla --backend", "run --profile mesh --backend", "1 of 10 failed"):
+        assert text in page
 
 
 def test_what_is_broken_fails(

@@ -79,6 +79,13 @@ def test_none_and_a_foreign_one_are_refused(site: Path) -> None:
         installed.installed("gfx942")
 
 
+def test_a_foreign_one_over_it_is_refused(site: Path) -> None:
+    install(site, "amd-aiter", "0.1.20", recorded("0.1.20"))
+    install(site, "aiter", "0.13", {})
+    with pytest.raises(installed.NoAiter, match=r"^aiter 0\.13, another .* amd-aiter 0\.1\.20: uninstall both, then"):
+        installed.installed("gfx942")
+
+
 def test_an_empty_one_is_refused(site: Path) -> None:
     install(site, "amd-aiter", "9", {})
     with pytest.raises(installed.NoAiter, match=r"amd-aiter 9 in .* has none of the functions that are called"):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from polyradix.backend.batch import HostBatch, SampleBatch
 from polyradix.backend.capabilities import Capabilities, Unsupported
@@ -191,10 +192,13 @@ def use_gpu(index: int) -> None:
 
 def on_gpus(make: Callable[[int], GpuBackend], index: int, tp: int) -> Backend:
     """What `make` gives for GPU `index`, or a mesh over `tp` GPUs from that on. `make` can be pickled. Raises
-    Unsupported where there are fewer, and as use_gpu."""
+    Unsupported where there are fewer, RuntimeError without NCCL or RCCL, and as use_gpu."""
     if tp == 1:
         return make(index)
     use_gpu(index)
+    if not dist.is_nccl_available():
+        what = f"torch {torch.__version__} is built without {'NCCL' if torch.version.hip is None else 'RCCL'}"
+        raise RuntimeError(f"tp {tp}: {what}: install another, or take tp 1")
     if tp > (here := torch.cuda.device_count() - index):
         raise Unsupported(f"tp {tp}", f"{here} GPU(s) from index {index} on")
     return Mesh(partial(_counted, make, index), nccl, tp)

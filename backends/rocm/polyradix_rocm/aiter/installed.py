@@ -40,10 +40,13 @@ class Installed:
 
 
 def installed(arch: str) -> Installed:
-    """Raises NoAiter for none, for another package of that name, and for one that has nothing that is called."""
-    release, spec = _version(PACKAGE), find_spec(FOREIGN)  # which imports nothing
+    """Raises NoAiter for none, for another package of that name, alone or over it, and for one that has nothing that is
+    called."""
+    release, foreign, spec = _version(PACKAGE), _version(FOREIGN), find_spec(FOREIGN)  # which imports nothing
+    if release and foreign:
+        what = f"{FOREIGN} {foreign}, another project's package, is in the same folder as {PACKAGE} {release}"
+        raise NoAiter(f"{what}: uninstall both, then {REMEDY}")
     if release is None or spec is None or spec.origin is None:
-        foreign = _version(FOREIGN)
         what = f"{FOREIGN} {foreign} is another project's package" if foreign else f"{PACKAGE} is not installed"
         raise NoAiter(f"{what}: {REMEDY}")
     root = Path(spec.origin).parent.parent
