@@ -196,11 +196,11 @@ def on_gpus(make: Callable[[int], GpuBackend], index: int, tp: int) -> Backend:
     if tp == 1:
         return make(index)
     use_gpu(index)
+    if tp > (here := torch.cuda.device_count() - index):
+        raise Unsupported(f"tp {tp}", f"{here} GPU(s) from index {index} on")
     if not dist.is_nccl_available():
         what = f"torch {torch.__version__} is built without {'NCCL' if torch.version.hip is None else 'RCCL'}"
         raise RuntimeError(f"tp {tp}: {what}: install another, or take tp 1")
-    if tp > (here := torch.cuda.device_count() - index):
-        raise Unsupported(f"tp {tp}", f"{here} GPU(s) from index {index} on")
     return Mesh(partial(_counted, make, index), nccl, tp)
 
 
