@@ -50,8 +50,9 @@ class Tokenizer:
         self.eos_ids = frozenset([*model_eos, *turn_ends])
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Never truncates. A `chat_prompt` has its special tokens already: encode it without add_special."""
-        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special).ids
+        """Never truncates. A `chat_prompt` has its special tokens already: encode it without add_special. Other threads
+        run meanwhile: of the library's methods only those for batches release Python's lock."""
+        ids: list[int] = self._inner.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
         if add_special and self._bos is not None and ids[:1] != [self._bos]:
             return [self._bos, *ids]
         return ids
@@ -68,6 +69,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._inner.get_vocab_size())
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token."""
+        return max(map(len, self._bytes.values()))
 
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The prompt that asks for the next message. `kwargs` are more variables for the template.

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import msgspec
@@ -28,7 +29,9 @@ from polyradix.serve.terms import terms
 from polyradix.serve.tools import Formats, Talk
 
 MAX_BODY = 32 * 2**20  # bytes
-LONG_TEXT = 16_384  # characters; longer texts are tokenized in a thread, so that streams do not stall
+LONG_TEXT = 4096  # characters; longer texts are tokenized in a thread, so that streams do not stall
+MANY_MESSAGES = 128  # more are rendered in a thread
+SHRINK = 3  # a tokenizer's normal form of a text has at least a third of its bytes (Hangul, whose letters are joined)
 
 
 @dataclass
@@ -63,8 +66,16 @@ class Server:
 
     async def encode(self, text: str, add_special: bool) -> list[int]:
         if len(text) < LONG_TEXT:
+            await asyncio.sleep(0)  # there may be many
             return self.tokenizer.encode(text, add_special)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special)
+
+    async def encode_prompt(self, text: str, add_special: bool, field: str) -> list[int]:
+        """Refuses, unread, what can only have more tokens than the context: megabytes take minutes."""
+        if len(text) > self.context * self.tokenizer.longest * SHRINK:
+            message = f"the prompt has {len(text)} characters, too many for the context of {self.context} tokens"
+            raise ApiError(400, message, field, "context_length_exceeded")
+        return await self.encode(text, add_special)
 
     def choice(
         self,
@@ -111,12 +122,15 @@ class Server:
         return context - len(prompt)
 
     async def tokens(self, prompt: str | list[int], field: str) -> list[int]:
-        return await self.encode(prompt, True) if isinstance(prompt, str) else self.check_ids(prompt, field)
+        if isinstance(prompt, str):
+            return await self.encode_prompt(prompt, True, field)
+        return self.check_ids(prompt, field)
 
-    def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
+    async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The chat template's text; ApiError 400 if it rejects the messages."""
+        render = partial(self.tokenizer.chat_prompt, messages, **variables)
         try:
-            return self.tokenizer.chat_prompt(messages, **variables)
+            return render() if len(messages) <= MANY_MESSAGES else await asyncio.to_thread(render)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error), "messages") from error
 
@@ -156,8 +170,8 @@ async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice
     talk = Talk(server.formats, body)
     logprobs, stop = openai.chat_logprobs(body), openai.stops(body)
     messages = talk.adapted(openai.chat_messages(body))
-    text = server.render(messages, talk.variables | (body.chat_template_kwargs or {}))
-    prompt = await server.encode(text, add_special=False)
+    text = await server.render(messages, talk.variables | (body.chat_template_kwargs or {}))
+    prompt = await server.encode_prompt(text, False, "messages")
     rest = prompt, body, "messages", server.context, logprobs, stop, not talk.plain
     choices = [server.choice(i, *rest) for i in range(body.n or 1)]
     for choice in choices:

@@ -38,6 +38,7 @@ class ByteTokenizer:
     eos_ids = frozenset({256})
     special_ids = frozenset({256})
     vocab_size = 257
+    longest = 1
     template = ""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:

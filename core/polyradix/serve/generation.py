@@ -34,6 +34,8 @@ class Tokens(Vocabulary, Protocol):
 
     @property
     def template(self) -> str: ...
+    @property
+    def longest(self) -> int: ...  # bytes of a token
     def chat_prompt(self, messages: list[dict[str, Any]], **kwargs: Any) -> str: ...
 
 

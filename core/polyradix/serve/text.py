@@ -49,7 +49,7 @@ async def tokenize(server: Server, body: TokenizeRequest, started: float) -> Res
     if text is None:
         chat = openai.ChatRequest.model_construct(messages=body.messages or [])
         kwargs = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
-        text = server.render(openai.chat_messages(chat), kwargs)
+        text = await server.render(openai.chat_messages(chat), kwargs)
     ids = await server.encode(text, add_special=body.messages is None if special is None else special)
     strings = [server.text([t]) for t in ids] if body.return_token_strs else None
     return json({"count": len(ids), "max_model_len": server.context, "tokens": ids, "token_strs": strings})

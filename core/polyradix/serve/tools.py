@@ -34,6 +34,7 @@ class _View:
     eos_ids: Iterable[int]
     vocab_size: int
     template: str
+    longest: int
     _inner: Tokens
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
@@ -62,7 +63,7 @@ class Formats:
         t = self.tokenizer
         marks = {mark.encode() for mark in ("<think>", "</think>", *(self.tools.marks if self.tools else ()))}
         hidden = frozenset(i for i in t.special_ids if t.token_bytes(i) not in marks)
-        return _View(hidden, t.eos_ids, t.vocab_size, t.template, t)
+        return _View(hidden, t.eos_ids, t.vocab_size, t.template, t.longest, t)
 
     def special(self, text: str) -> int | None:
         ids = self.tokenizer.encode(text, False)

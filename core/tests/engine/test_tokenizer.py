@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +251,20 @@ def test_gguf_sentencepiece() -> None:
 def test_gguf_errors(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
         gguf("smollm", [], [], **change)
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    """A stream must not stall for a second because another client sent a long prompt."""
+    tok = Tokenizer(byte_level())
+    thread = threading.Thread(target=tok.encode, args=("word " * 60_000,))
+    thread.start()
+    turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 5
+
+
+def test_the_longest_token() -> None:
+    assert Tokenizer(byte_fallback()).longest == len("<unk>")
+    assert Tokenizer(byte_level()).longest == len("<|im_end|>")

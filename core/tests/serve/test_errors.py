@@ -287,10 +287,17 @@ def test_half_a_body(alive: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert "Traceback" not in caplog.text
 
 
-def test_large_bodies_are_read_and_judged_by_their_tokens(alive: Any) -> None:
-    status, error = alive.error(TEXT, {"prompt": "x" * 5_000_000})
-    assert (status, error["code"]) == (400, "context_length_exceeded")
-    assert "5000000 tokens" in error["message"]
+@pytest.mark.parametrize(("path", "param"), [(TEXT, "prompt"), (CHAT, "messages")])
+def test_texts_that_cannot_fit_are_not_tokenized(
+    alive: Any, monkeypatch: pytest.MonkeyPatch, path: str, param: str
+) -> None:
+    monkeypatch.setattr(alive.server.tokenizer, "encode", None)
+    text = "x" * 5_000_000
+    body = {"prompt": text} if path == TEXT else {"messages": [{"role": "user", "content": text}]}
+    status, error = alive.error(path, body)
+    assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert "50000" in error["message"]
+    assert "256 tokens" in error["message"]
 
 
 def test_body_too_large(make_live: Any) -> None:
