@@ -33,7 +33,7 @@ class GrammarSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Raises GrammarError for a source beyond MAX_SOURCE."""
         size = len((self.source + self.frame).encode("utf-8", "replace"))
         if size > MAX_SOURCE:
-            raise GrammarError(f"it has {size} bytes; expected at most {MAX_SOURCE}")
+            raise GrammarError(f"at most {MAX_SOURCE} bytes; it has {size}")
 
 
 class Matcher(Protocol):

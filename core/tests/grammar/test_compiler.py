@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,4 +84,54 @@ def test_many_outputs_of_one_grammar_have_several_lexers_and_the_same_masks(monk
         assert _allowed(rows[0][1]) == allowed
         for row, matcher in rows:
             matcher.accept(max(allowed) - row % len(allowed))
+    compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "reason"),
+    [
+        ("json_schema", '{"type": "integer", "multipleOf": 999983}', "multipleOf is 999983"),
+        ("json_schema", '{"multiple\\u004ff": 86400}', "multipleOf is 86400"),
+        ("json_schema", '{"allOf": [{"multipleOf": 97}, {"multipleOf": 8.9}, {"multipleOf": 83}]}', "97, 8.9, 83"),
+        ("structural_tag", '{"structures": [{"begin": "a", "schema": {"multipleOf": 30011}, "end": "b"}]}', "30011"),
+        ("ebnf", 'start: "a" %json {"multipleOf": 10007}', "multipleOf is 10007"),
+        ("ebnf", "start: X\nX: ~/(.*a.{24}.*)/ & /.{40}/", "operator ~"),
+        ("ebnf", 'start: <"> X <">\nX: /[a-z]+/ & ~(/a/ | "b")', "operator ~"),
+        ("json_schema", '{"$ref": "#"}', "nothing can match it"),
+    ],
+)
+def test_what_would_compile_for_minutes_is_refused_unseen(kind: Any, source: str, reason: str) -> None:
+    """The library cannot be interrupted, and all later grammars would wait for it."""
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    with pytest.raises(GrammarError, match=re.escape(reason)):
+        compiler.compile(GrammarSpec(kind=kind, source=source)).result()
+    compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "text"),
+    [
+        ("json_schema", '{"type": "integer", "multipleOf": 1e4, "minimum": 1, "maximum": 19999}', "10000"),
+        ("json_schema", '{"enum": ["\\"multipleOf\\": 999983"]}', '"\\"multipleOf\\": 999983"'),
+        ("ebnf", 'start: "~" /~/ X // ~\nX: "a" ~ 3', "~~aaa"),
+        ("ebnf", 'root ::= "~" [~]', "~~"),
+    ],
+)
+def test_what_only_looks_like_it_is_taken(kind: Any, source: str, text: str) -> None:
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    matcher = compiler.compile(GrammarSpec(kind=kind, source=source)).result().matcher()
+    for token in text.encode():
+        assert token in _allowed(matcher)
+        matcher.accept(token)
+    compiler.close()
+
+
+def test_thousands_of_choices() -> None:
+    compiler = LlgCompiler(ByteTokenizer, VOCAB)
+    choices = [f"c{i}" for i in range(5000)]
+    matcher = compiler.compile(GrammarSpec(kind="choice", source=json.dumps(choices))).result().matcher()
+    for token in b"c4999":
+        assert token in _allowed(matcher)
+        matcher.accept(token)
+    assert _allowed(matcher) == {256}
     compiler.close()
