@@ -30,8 +30,7 @@ class StaticBatch:
 
     def __init__(self, limits: Limits, page: int, device: str, groups: int) -> None:
         self.limits, self.page, self.groups, self.sizes = limits, page, groups, sizes(limits.max_seqs)
-        self._shapes = (len(FIELDS) + groups * len(OF_GROUP), limits.max_seqs), self._pages().shape
-        lines, pages = self._shapes
+        lines, pages = (len(FIELDS) + groups * len(OF_GROUP), limits.max_seqs), self._pages().shape
         self.buffer = torch.zeros(prod(lines) + prod(pages), dtype=torch.int32, device=device)
         self.lines = self.buffer[: prod(lines)].view(lines)
         self.pages = self.buffer[prod(lines) :].view(pages)
@@ -101,7 +100,7 @@ class Graphs:
         """Logits [seqs,V]; valid until the next call."""
         bound = params, kv, batch.static
         if not self._bound or any(a is not b for a, b in zip(self._bound, bound, strict=True)):
-            self._bound, self._made, self._pool = bound, {}, None
+            self._bound, self._made, self._pool, self._eager = bound, {}, None, False
         size, groups = len(batch.kv_len[0]), len(batch.kv_len)
         if size not in self._made and not self._eager:
             try:
