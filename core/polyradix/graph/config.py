@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from polyradix.graph.errors import ModelError
 
+MOST = 2**31 - 1
+HUGE = 1e30
+MANY = 4096  # more layers or experts than any model has
 _REQUIRED: Any = object()
+_N = TypeVar("_N", int, float)
 _T = TypeVar("_T", int, float, str, bool)
 
 
@@ -26,26 +29,38 @@ class Config:
         value = self.values.get(name)
         if value is None and default is not _REQUIRED:
             return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) <= HUGE:
+                raise self.wrong(name, f"a number between -{HUGE:g} and {HUGE:g}")
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.wrong(name, {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
         return value
 
-    def count(self, name: str, default: int = _REQUIRED) -> int:
+    def count(self, name: str, default: int = _REQUIRED, most: int = MOST) -> int:
         value = self.get(name, int, default)
         if value < 1:
             raise self.wrong(name, "an integer >= 1")
+        if value > most:
+            raise self.wrong(name, f"an integer of at most {most}")
         return value
 
     def positive(self, name: str, default: float = _REQUIRED) -> float:
         value = self.get(name, float, default)
-        if not 0 < value < math.inf:
+        if not value > 0:
             raise self.wrong(name, "a number above 0")
         return value
 
+    def at_least_0(self, name: str, kind: type[_N], default: _N) -> _N:
+        value = self.get(name, kind, default)
+        if not 0 <= value <= MOST:
+            raise self.wrong(name, f"{'an integer' if kind is int else 'a number'} from 0 to {MOST}")
+        return value
+
     def part(self, name: str) -> Config:
-        value = self.values.get(name) or {}
+        value = self.values.get(name)
+        if value is None:
+            value = {}
         if not isinstance(value, Mapping):
             raise self.wrong(name, "an object")
         return Config(value, f"{self.prefix}{name}.")

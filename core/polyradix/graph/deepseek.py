@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from polyradix.backend.protocol import IndexSpec, LatentSpec, MoeSpec
-from polyradix.graph.config import Config
+from polyradix.graph.config import MANY, Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
@@ -27,8 +27,10 @@ def latent(c: Config, architecture: str, max_position: int) -> tuple[Latent, Rop
     if turned % 2:
         raise c.wrong("qk_rope_head_dim", "an even number")
     rope, r = read_rope(c, max_position, turned, of=nope + turned), scaling(c)
-    stretch = magnitude(rope.factor, r.get("mscale_all_dim", float, 0.0)) if rope.type == "yarn" else 1.0
-    beta = r.get("llama_4_scaling_beta", float, 0.0)
+    if architecture == "Mistral4ForCausalLM" and not r.values:
+        raise c.wrong("rope_parameters", "an object")
+    stretch = magnitude(rope.factor, r.at_least_0("mscale_all_dim", float, 0.0)) if rope.type == "yarn" else 1.0
+    beta = r.at_least_0("llama_4_scaling_beta", float, 0.0)
     attention = LatentSpec(
         heads=c.count("num_attention_heads"),
         rank=c.count("kv_lora_rank"),
@@ -55,11 +57,11 @@ def _index(c: Config, turned: int) -> IndexSpec:
 
 
 def experts(c: Config, architecture: str, layers: int) -> Experts | None:
-    dense, step = c.get("first_k_dense_replace", int, 0), c.count("moe_layer_freq", 1)
+    dense, step = c.at_least_0("first_k_dense_replace", int, 0), c.count("moe_layer_freq", 1)
     sparse = frozenset(i for i in range(layers) if i >= dense and i % step == 0)
     if not sparse or c.values.get("n_routed_experts") is None:
         return None
-    inner, shared = c.count("moe_intermediate_size"), c.get("n_shared_experts", int, 0)
+    inner, shared = c.count("moe_intermediate_size"), c.at_least_0("n_shared_experts", int, 0)
     routing, bias = _routing(c, architecture)
     return Experts(routing, inner, frozenset(range(layers)) - sparse, shared * inner, bias)
 
@@ -70,17 +72,24 @@ def _routing(c: Config, architecture: str) -> tuple[MoeSpec, bool]:
     if method not in ("greedy", "group_limited_greedy", "noaux_tc"):
         raise c.wrong("topk_method", "'greedy', 'group_limited_greedy' or 'noaux_tc'")
     scoring = c.get("scoring_func", str, "sigmoid" if architecture in _V3 else "softmax")
-    groups = 1 if method == "greedy" else c.count("n_group", 1)
+    groups = 1 if method == "greedy" else c.count("n_group", 8 if architecture in _V3 else 1)
+    scale = c.positive("routed_scaling_factor", 2.5 if architecture in _V3 else 1.0)
+    count, top_k = c.count("n_routed_experts", most=MANY), c.count("num_experts_per_tok")
+    renormalise = c.get("norm_topk_prob", bool, architecture != "DeepseekV2ForCausalLM")
+    top_groups = 1 if groups == 1 else c.count("topk_group")
+    best = 1 if groups == 1 or architecture == "DeepseekV2ForCausalLM" else 2
+    if count < best * groups:
+        raise c.wrong("n_group", f"at most n_routed_experts / {best} ({count // best})")
     try:
         routing = MoeSpec(
-            experts=c.count("n_routed_experts"),
-            top_k=c.count("num_experts_per_tok"),
+            experts=count,
+            top_k=top_k,
             scoring=scoring,  # type: ignore[arg-type]
-            renormalise=c.get("norm_topk_prob", bool, architecture != "DeepseekV2ForCausalLM"),
-            scale=c.positive("routed_scaling_factor", 1.0),
+            renormalise=renormalise,
+            scale=scale,
             groups=groups,
-            top_groups=1 if groups == 1 else c.count("topk_group"),
-            group_best=1 if groups == 1 or architecture == "DeepseekV2ForCausalLM" else 2,
+            top_groups=top_groups,
+            group_best=best,
         )
     except ValueError as e:
         field, _, rest = str(e).removeprefix("MoeSpec.").partition(" ")

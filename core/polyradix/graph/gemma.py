@@ -34,8 +34,7 @@ def gemma(spec: ModelSpec, c: Config) -> ModelSpec:
         attn_scale=c.positive("query_pre_attn_scalar", 256.0) ** -0.5,
         softcap=_cap(c, "attn_logit_softcapping", third),
         logits_softcap=_cap(c, "final_logit_softcapping", third),
-        local_rope=_rope(c, "sliding_attention", spec) if third else None,
-        rope=_rope(c, "full_attention", spec) if third else spec.rope,
+        local_rope=rope(c, "sliding_attention", spec.max_position, spec.heads.dim) if third else None,
         tie_embeddings=c.get("tie_word_embeddings", bool, True),
     )
 
@@ -46,9 +45,12 @@ def _cap(c: Config, name: str, third: bool) -> float | None:
     return None if c.values[name] is None else c.positive(name)
 
 
-def _rope(c: Config, kind: str, spec: ModelSpec) -> Rope:
+def rope(c: Config, kind: str, max_position: int, dim: int) -> Rope:
     """Transformers 5 writes one object for each kind of layer. Before, `rope_scaling` was that of full attention."""
     local = kind == "sliding_attention"
     theta = c.positive("rope_local_base_freq" if local else "rope_theta", _THETAS[kind])
-    r = c.part("rope_parameters").part(kind).values or ({} if local else c.part("rope_scaling").values)
-    return read_rope(Config({"rope_theta": theta, "rope_parameters": r}), spec.max_position, spec.heads.dim)
+    new = c.part("rope_parameters")
+    if new.values and not new.values.keys() & _THETAS.keys():
+        raise c.wrong("rope_parameters", f"an object for {' and '.join(_THETAS)}")
+    r = new.part(kind).values or ({} if local else c.part("rope_scaling").values)
+    return read_rope(Config({"rope_theta": theta, "rope_parameters": r}), max_position, dim)

@@ -6,21 +6,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polyradix.backend.protocol import MoeSpec
-from polyradix.graph.config import Config
+from polyradix.graph.config import MANY, Config
 from polyradix.graph.moe import Experts
 
 if TYPE_CHECKING:
     from polyradix.graph.spec import ModelSpec
 
 ARCHITECTURE = "GptOssForCausalLM"
-HEAD_DIM = 64  # where a config does not say
+HEAD_DIM = 64  # where a config does not say, as is the next
+ROPE = {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False}
 
 
 def gpt_oss(spec: ModelSpec, c: Config) -> ModelSpec:
     """`spec` as a Llama's config would give it, made a gpt-oss's."""
     bias, count, top_k = (
         c.get("attention_bias", bool, True),
-        c.count("num_local_experts"),
+        c.count("num_local_experts", most=MANY),
         c.count("num_experts_per_tok"),
     )
     if top_k > count:

@@ -24,9 +24,9 @@ class Quantisation:
 
 def read_quantisation(c: Config) -> Quantisation | None:
     """Raises ModelError naming the field, its value and what was expected."""
-    if not c.values.get(_FIELD):
-        return None
     q = c.part(_FIELD)
+    if not q.values:
+        return None
     match q.values.get("quant_method"):
         case "fp8":
             return _fp8(q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -87,22 +88,32 @@ def magnitude(factor: float, weight: float = 1.0) -> float:
 
 def scaling(c: Config) -> Config:
     """Transformers 5 writes rope_parameters; older configs write rope_theta beside rope_scaling."""
-    return c.part("rope_parameters") if c.values.get("rope_parameters") else c.part("rope_scaling")
+    new = c.part("rope_parameters")
+    return new if new.values else c.part("rope_scaling")
 
 
-def read_rope(c: Config, max_position: int, dim: int, of: int | None = None) -> Rope:
-    """The table of `dim` columns. `of`: heads are so wide, and it is known that only these turn."""
+def read_rope(c: Config, max_position: int, dim: int, of: int | None = None, theta: float = 10000.0) -> Rope:
+    """The table of `dim` columns. `of`: heads are so wide, and it is known that only these turn. `theta`: where the
+    config has none."""
     r = scaling(c)
-    theta = r.positive("rope_theta", c.positive("rope_theta", 10000.0))
-    kind = r.get("rope_type", str, r.get("type", str, "default"))
+    theta = r.positive("rope_theta", c.positive("rope_theta", theta))
+    if theta <= 1:
+        raise (c if r.values.get("rope_theta") is None else r).wrong("rope_theta", "a number above 1")
+    if nested := [name for name, value in r.values.items() if isinstance(value, Mapping)]:
+        raise r.wrong(nested[0], "numbers, as all layers turn alike")
+    kind = r.get("rope_type", str, r.get("type", str, ""))
+    if not kind and r.values.get("factor") is not None:
+        raise r.wrong("rope_type", f"one of {', '.join(TYPES)}")
     for part in (c, r):
         if part.get("partial_rotary_factor", float, 1.0) not in (1.0, dim / (of or dim)):
             raise part.wrong("partial_rotary_factor", "1.0")
-    match kind:
+    match kind or "default":
         case "default":
             return Rope(theta, freq_factors=_freq_factors(r, dim))
         case "linear":
             return Rope(theta, "linear", r.positive("factor"))
+        case "dynamic" if dim == 2:
+            raise r.wrong("rope_type", "another for heads of 2 columns")
         case "dynamic":
             return Rope(theta, "dynamic", r.positive("factor"), original_max_position=max_position)
         case "llama3":
@@ -126,7 +137,7 @@ def _read_yarn(r: Config, theta: float, max_position: int) -> Rope:
     fast, slow = r.positive("beta_fast", 32.0), r.positive("beta_slow", 1.0)
     if fast <= slow:
         raise r.wrong("beta_fast", f"a number above beta_slow ({slow})")
-    mscale, all_dim = r.get("mscale", float, 0.0), r.get("mscale_all_dim", float, 0.0)
+    mscale, all_dim = r.at_least_0("mscale", float, 0.0), r.at_least_0("mscale_all_dim", float, 0.0)
     inferred = magnitude(factor, mscale) / magnitude(factor, all_dim) if mscale and all_dim else magnitude(factor)
     return Rope(
         theta,

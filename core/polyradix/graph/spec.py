@@ -9,12 +9,12 @@ from typing import Any, Literal
 from polyradix.backend.capabilities import KV_FP8, Needs
 from polyradix.backend.protocol import DType, Gate, Heads, KVDType, KVSpec, MoeSpec
 from polyradix.graph import deepseek, gemma, gpt_oss
-from polyradix.graph.config import Config
+from polyradix.graph.config import MANY, MOST, Config
 from polyradix.graph.errors import ModelError
 from polyradix.graph.mla import Latent
 from polyradix.graph.moe import Experts
 from polyradix.graph.quantisation import read_quantisation
-from polyradix.graph.rope import Rope, read_rope
+from polyradix.graph.rope import Rope, read_rope, scaling
 from polyradix.graph.windows import read_windows
 
 ARCHITECTURES = (
@@ -33,6 +33,8 @@ _HEAD_DIMS = {
     gpt_oss.ARCHITECTURE: gpt_oss.HEAD_DIM,
     **dict.fromkeys(gemma.ARCHITECTURES, gemma.HEAD_DIM),
 }  # where none is given
+_EPS = {"MixtralForCausalLM": 1e-5, gpt_oss.ARCHITECTURE: 1e-5}  # where none is given
+_THETAS = {"MixtralForCausalLM": 1e6, gpt_oss.ARCHITECTURE: 150000.0}  # where none is given
 _DTYPES: dict[str, DType] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
 
 
@@ -80,6 +82,8 @@ class ModelSpec:
         if architecture in deepseek.ARCHITECTURES:
             return _deepseek(c, architecture, eos_ids(config, generation_config or {}))
         q, hidden = c.count("num_attention_heads"), c.count("hidden_size")
+        if c.values.get("head_dim") is None and architecture not in _HEAD_DIMS and hidden < q:
+            raise c.wrong("hidden_size", f"at least num_attention_heads ({q}), or a head_dim")
         kv = c.count("num_key_value_heads", q)
         dim = c.count("head_dim", _HEAD_DIMS.get(architecture, hidden // q))
         if q % kv:
@@ -89,8 +93,8 @@ class ModelSpec:
         _refuse_unknown_parts(c, architecture)
         qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture.startswith("Qwen3")
         attention_bias = c.get("attention_bias", bool, False)
-        layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
-        rope = read_rope(c, max_position, dim)
+        layers, max_position = c.count("num_hidden_layers", most=MANY), c.count("max_position_embeddings")
+        rope = _rope(c, architecture, max_position, dim)
         window, windowed = read_windows(c, architecture, layers)
         spec = ModelSpec(
             architecture=architecture,
@@ -100,7 +104,7 @@ class ModelSpec:
             heads=Heads(q, kv, dim),
             vocab=c.count("vocab_size"),
             max_position=rope.stretched(max_position),
-            rms_eps=c.positive("rms_norm_eps", 1e-6),
+            rms_eps=c.positive("rms_norm_eps", _EPS.get(architecture, 1e-6)),
             rope=rope,
             qkv_bias=qwen2 or attention_bias,
             o_bias=attention_bias and not qwen2,
@@ -164,7 +168,7 @@ class ModelSpec:
 
 def _deepseek(c: Config, architecture: str, eos: tuple[int, ...]) -> ModelSpec:
     _refuse_unknown_parts(c, architecture)
-    layers, max_position = c.count("num_hidden_layers"), c.count("max_position_embeddings")
+    layers, max_position = c.count("num_hidden_layers", most=MANY), c.count("max_position_embeddings")
     latent, rope = deepseek.latent(c, architecture, max_position)
     a = latent.attention
     return ModelSpec(
@@ -199,13 +203,22 @@ def _refuse_unknown_parts(c: Config, architecture: str) -> None:
     read_quantisation(c)
 
 
+def _rope(c: Config, architecture: str, max_position: int, dim: int) -> Rope:
+    if architecture == "Gemma3ForCausalLM":
+        return gemma.rope(c, "full_attention", max_position, dim)
+    if architecture == gpt_oss.ARCHITECTURE and not scaling(c).values:
+        c = Config({**c.values, "rope_parameters": gpt_oss.ROPE})
+    return read_rope(c, max_position, dim, theta=_THETAS.get(architecture, 10000.0))
+
+
 def _experts(c: Config, architecture: str, layers: int) -> Experts | None:
     """Transformers 5 writes Qwen3-MoE's num_experts as num_local_experts, too."""
     mixtral = architecture == "MixtralForCausalLM"
     if not mixtral and architecture != "Qwen3MoeForCausalLM":
         return None
-    field = "num_local_experts" if mixtral or c.values.get("num_experts") is None else "num_experts"
-    count, top_k = c.count(field), c.count("num_experts_per_tok")
+    local = c.values.get("num_experts") is None and c.values.get("num_local_experts") is not None
+    field = "num_local_experts" if mixtral or local else "num_experts"
+    count, top_k = c.count(field, most=MANY), c.count("num_experts_per_tok")
     if top_k > count:
         raise c.wrong("num_experts_per_tok", f"at most {field} ({count})")
     if c.get("mlp_bias", bool, False):
@@ -218,7 +231,8 @@ def _experts(c: Config, architecture: str, layers: int) -> Experts | None:
 
 
 def _dense_layers(c: Config, layers: int) -> frozenset[int]:
-    named, step = c.values.get("mlp_only_layers") or [], c.count("decoder_sparse_step", 1)
+    named, step = c.values.get("mlp_only_layers"), c.count("decoder_sparse_step", 1)
+    named = [] if named is None else named
     if not isinstance(named, list) or not all(type(i) is int and 0 <= i < layers for i in named):
         raise c.wrong("mlp_only_layers", f"a list of layers, 0 to {layers - 1}")
     return frozenset(i for i in range(layers) if i in named or (i + 1) % step)
@@ -230,7 +244,7 @@ def eos_ids(*configs: Mapping[str, Any]) -> tuple[int, ...]:
     for config in configs:
         value = config.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(i, int) and i >= 0 for i in ids):
+        if not all(type(i) is int and 0 <= i <= MOST for i in ids):
             raise ModelError(f"model config: eos_token_id is {value!r}; expected token ids")
         out.update(ids)
     return tuple(sorted(out))

@@ -11,17 +11,24 @@ _PATTERNS = {
     "Gemma3ForCausalLM": 6,
     "GptOssForCausalLM": 2,
 }  # of so many layers the last has none
+_WINDOWS = {
+    **dict.fromkeys(("MistralForCausalLM", *_SWITCHED, "Gemma2ForCausalLM", "Gemma3ForCausalLM"), 4096),
+    "GptOssForCausalLM": 128,
+}  # where a config does not say; null is none
 _TYPES = ("sliding_attention", "full_attention")
 _SPARE = 1 / 16  # of a model's layers, that groups which are not full may cost; fewer groups make smaller tables
 
 
 def read_windows(c: Config, architecture: str, layers: int) -> tuple[int | None, frozenset[int]]:
     """How many keys a query sees, itself included, and in which layers."""
-    if architecture not in {*_EVERYWHERE, *_SWITCHED, *_PATTERNS} or c.values.get("sliding_window") is None:
+    usual = None if "sliding_window" in c.values else _WINDOWS.get(architecture)
+    if architecture not in {*_EVERYWHERE, *_SWITCHED, *_PATTERNS}:
+        return None, frozenset()
+    if usual is None and c.values.get("sliding_window") is None:
         return None, frozenset()
     if architecture in _SWITCHED and not c.get("use_sliding_window", bool, False):
         return None, frozenset()
-    window, some = c.count("sliding_window"), _layers(c, architecture, layers)
+    window, some = usual or c.count("sliding_window"), _layers(c, architecture, layers)
     return (window, some) if some else (None, some)
 
 
@@ -44,7 +51,7 @@ def _layers(c: Config, architecture: str, layers: int) -> frozenset[int]:
     if architecture in _PATTERNS:
         every = c.count("sliding_window_pattern", _PATTERNS[architecture])
         return frozenset(i for i in range(layers) if (i + 1) % every)
-    return frozenset(range(c.get("max_window_layers", int, 28), layers))
+    return frozenset(range(c.at_least_0("max_window_layers", int, 28), layers))
 
 
 def _typed(c: Config, layers: int) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from polyradix.backend.protocol import KV, Backend, Compiled, Limits, Params
 from polyradix.backend.registry import open_backend
 from polyradix.engine.tokenizer import load_tokenizer
 from polyradix.graph.checkpoint import fetch_demo, load_params, open_checkpoint
-from polyradix.graph.dense import make_step
+from polyradix.graph.dense import make_step, tensor_shapes
+from polyradix.graph.errors import ModelError
 from polyradix.graph.spec import ModelSpec
 
 torch = pytest.importorskip("torch")
@@ -156,6 +158,25 @@ def test_old_spelling_of_rope(backend: Backend, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     ids = list(range(40))
     assert_close(Runner(backend, str(tmp_path))(ids, 0), reference(model, ids)[-1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_out(family: str) -> None:
+    """Is what transformers takes, unless it is asked for, or the checkpoint's shapes tell. Without an end of text there
+    is none, as generation_config.json may have it."""
+    name, changes = FAMILIES[family]
+    kind = getattr(transformers, CONFIGS.get(name, name + "Config"))
+    whole = json.loads(json.dumps(kind(**{**TINY, **changes}).to_dict()))
+    whole = {key: value for key, value in whole.items() if value is not None}
+    for field in whole.keys() - {"eos_token_id"}:
+        less = {key: value for key, value in whole.items() if key != field}
+        with contextlib.suppress(ModelError):  # asked for, or sizes that do not fit the tiny ones
+            got, want = spec_of(name, less), spec_of(name, kind.from_dict(less).to_dict())
+            assert got == want or tensor_shapes(got) != tensor_shapes(want), field
+
+
+def spec_of(family: str, config: dict[str, Any]) -> ModelSpec:
+    return ModelSpec.from_hf_config({**config, "architectures": [f"{family}ForCausalLM"], "eos_token_id": None})
 
 
 def save_tiny(family: str, changes: dict[str, Any], folder: Path, **save: Any) -> Any:
