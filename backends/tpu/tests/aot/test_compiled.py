@@ -21,7 +21,7 @@ from polyradix_tpu.aot.chips import CHIPS, topology
 from polyradix_tpu.aot.gates import Program, build
 from polyradix_tpu.aot.programs import read_model, steps, struct
 from polyradix_tpu.batch import Shape, unpack
-from polyradix_tpu.kernels import XLA, choose
+from polyradix_tpu.kernels import AUTO, XLA, choose
 from polyradix_tpu.kernels.mla_attention import sparse
 from polyradix_tpu.ops import JaxOps
 
@@ -102,7 +102,7 @@ def test_a_layout_whose_writes_copy_the_cache_fails(chip):
         assert gates(build(CHIPS[chip], program(write, (kv, rows, at), temp=1 << 26))) == gate
 
 
-@pytest.mark.parametrize(("chip", "kernels"), [("v5e", PALLAS), ("tpu7x", PALLAS), ("v5e", XLA)])
+@pytest.mark.parametrize(("chip", "kernels"), [("v5e", PALLAS), ("tpu7x", AUTO), ("v5e", XLA)])
 def test_attention_over_selected_rows_copies_no_cache(chip, kernels):
     a, s = LatentSpec(16, 512, 128, 64, 128, 0.07, 1e-6), IndexSpec(64, 128, 128, 1e-6)
     shape, held = Shape(8, 8, 8, 1), pool(chip, 30_000, 64, 768)
