@@ -11,7 +11,7 @@ ARGS ?=
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test checks tests-core tests tests-triton tests-rocm tests-tpu tests-aot tests-npu example bench clean
+.PHONY: help serve test checks tests-core tests tests-triton tests-rocm tests-tpu tests-aot tests-npu example bench constraints clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -26,8 +26,12 @@ TORCH_NPU_OLDER ?= 2.10.0.post4
 PACKAGES := core/polyradix backends/torch/polyradix_torch backends/cpu/polyradix_cpu backends/cuda/polyradix_cuda \
             backends/tpu/polyradix_tpu backends/rocm/polyradix_rocm backends/npu/polyradix_npu \
             conformance/polyradix_conformance
-SETUP := Makefile pyproject.toml $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
+# The versions that the tests have passed with, but for torch and what must fit it. `make test CONSTRAINTS=` in a fresh tree
+# takes the newest, and then `make constraints` writes down what they are.
+CONSTRAINTS ?= ci/constraints.txt
+SETUP := Makefile pyproject.toml $(CONSTRAINTS) $(wildcard */pyproject.toml backends/*/pyproject.toml ci/requirements-*.txt)
 NATIVE := backends/cpu/setup.py $(wildcard backends/cpu/csrc/*)
+install = $(1)/pip install -q $(addprefix -c ,$(CONSTRAINTS))
 pytest = PYTHONPATH=ci $(1)/python -m pytest -p strict
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -113,6 +117,10 @@ example: .venv/tested .venv/served
 bench: .venv/served
 	$(BIN)/python bench/cpu.py $(ARGS)
 
+constraints:
+	for bin in $(BIN) $(CORE) $(TPU) $(AOT) $(NPU); do $$bin/python -m pip freeze --exclude-editable; done \
+	  | grep -Ev '^(torch|torch[_-]npu|triton)=' | LC_ALL=C sort -fu > ci/constraints.txt
+
 clean:
 	rm -rf .venv .venv-core .venv-tpu .venv-aot .venv-npu .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	rm -rf backends/cpu/polyradix_cpu/native/*.so
@@ -122,7 +130,7 @@ clean:
 .venv/installed: $(SETUP) $(NATIVE)
 	$(call venv,.venv)
 	$(call torch,$(BIN))
-	$(BIN)/pip install -q -e core -e backends/torch -e backends/cpu
+	$(call install,$(BIN)) -e core -e backends/torch -e backends/cpu
 	touch $@
 
 .venv/served: .venv/installed
@@ -130,29 +138,29 @@ clean:
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/pip install -q -e core -e backends/cuda -e backends/rocm -e backends/tpu -e backends/npu -e conformance -r ci/requirements-test.txt
+	$(call install,$(BIN)) -e core -e backends/cuda -e backends/rocm -e backends/tpu -e backends/npu -e conformance -r ci/requirements-test.txt
 	touch $@
 
 .venv-core/tested: $(SETUP)
 	$(call venv,.venv-core)
-	$(CORE)/pip install -q -e core -r ci/requirements-core.txt
+	$(call install,$(CORE)) -e core -r ci/requirements-core.txt
 	touch $@
 
 .venv-tpu/tested: $(SETUP)
 	$(call venv,.venv-tpu)
-	$(TPU)/pip install -q -e core -e conformance -e 'backends/tpu[cpu,flax]' -r ci/requirements-core.txt
+	$(call install,$(TPU)) -e core -e conformance -e 'backends/tpu[cpu,flax]' -r ci/requirements-core.txt
 	touch $@
 
 .venv-aot/tested: $(SETUP)
 	$(call venv,.venv-aot)
-	$(AOT)/pip install -q -e core -e conformance -e 'backends/tpu[aot]' -r ci/requirements-core.txt
+	$(call install,$(AOT)) -e core -e conformance -e 'backends/tpu[aot]' -r ci/requirements-core.txt
 	touch $@
 
 .venv-npu/tested: $(SETUP)
 	$(call venv,.venv-npu)
 	$(call torch,$(NPU))
 	$(NPU)/pip install -q 'torch-npu==$(TORCH_NPU)'
-	$(NPU)/pip install -q -e core -e backends/torch -e backends/cpu -e conformance -e backends/npu -r ci/requirements-core.txt
+	$(call install,$(NPU)) -e core -e backends/torch -e backends/cpu -e conformance -e backends/npu -r ci/requirements-core.txt
 	$(NPU)/pip download -q --no-deps 'torch-npu==$(TORCH_NPU_OLDER)' -d .venv-npu/older
 	touch $@
 
