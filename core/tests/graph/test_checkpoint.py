@@ -10,75 +10,19 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from written import CONFIG, Host, Tensors, load, weights, write, write_gguf
 
-from polyradix.backend.protocol import HostArray, Memory, ParamSpec
+from polyradix.backend.protocol import HostArray, ParamSpec
 from polyradix.graph.checkpoint import fetch_demo, find, load_params, open_checkpoint
-from polyradix.graph.dense import tensor_shapes
-from polyradix.graph.errors import CheckpointError, ModelError
-from polyradix.graph.rope import Rope, rope_table
+from polyradix.graph.errors import CheckpointError
+from polyradix.graph.rope import rope_table
 from polyradix.graph.spec import ModelSpec
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 50,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "eos_token_id": [2],
-    "torch_dtype": "float32",
-}
-Tensors = dict[str, HostArray]
-
-
-class Host:
-    """A backend that packs a parameter by reading it."""
-
-    def __init__(self, free: int = 1 << 40, tp: int = 1) -> None:
-        self.free, self.collectives = free, SimpleNamespace(size=tp)
-        self.caps = SimpleNamespace(features=frozenset())
-
-    def memory(self) -> Memory:
-        return Memory(self.free, self.free)
-
-    def pack(self, spec: ParamSpec, read: Any) -> tuple[HostArray, HostArray | None]:
-        return read(), read("bias") if spec.bias else None
-
-
-def weights(config: dict[str, Any], dtype: Any = np.float32) -> Tensors:
-    rng = np.random.default_rng(5)
-    shapes = tensor_shapes(ModelSpec.from_hf_config(config))
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def write(folder: Path, tensors: Tensors, config: dict[str, Any] = CONFIG, shards: int = 1) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    names = [f"model-{i}.safetensors" for i in range(shards)]
-    owner = {name: names[i % shards] for i, name in enumerate(tensors)}
-    for file in names:
-        save_file({n: t for n, t in tensors.items() if owner[n] == file}, folder / file)
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": owner}))
-    return folder
-
-
-def load(path: Path | str, dtype: Any = "float32", **options: Any) -> Any:
-    checkpoint = open_checkpoint(str(path), **options)
-    spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
-    return load_params(checkpoint, spec, dtype, Host(), progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -209,6 +153,19 @@ BREAKS: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
         r"model-0\.safetensors: tensor model\.layers\.0\.self_attn\.q_proj\.bias has no place in LlamaForCausalLM",
     ),
     "index": (lambda f, t: (f / "model.safetensors.index.json").write_text("{}"), r"index\.json: weight_map is None"),
+    "number in index": (
+        lambda f, t: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b", "c": 3}}'),
+        r"index\.json: weight_map has 'b' for a|index\.json: weight_map has 3 for c; expected a file of this folder",
+    ),
+    "shard elsewhere": (
+        lambda f, t: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+        r"index\.json: weight_map has '\.\./b\.safetensors' for a; expected a file of this folder",
+    ),
+    "twice": (
+        lambda f, t: save_file({NORM: t[NORM]}, f / "model-1.safetensors"),
+        r"model-1\.safetensors: tensor model\.norm\.weight is in model-0\.safetensors, too",
+    ),
+    "deep config": (lambda f, t: (f / "config.json").write_text("[" * 100_000), r"config\.json: unreadable JSON"),
     "lost shard": (
         lambda f, t: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'),
         r"gone\.safetensors: not a readable safetensors file",
@@ -233,168 +190,12 @@ def test_all_biases_missing(tmp_path: Path) -> None:
         load(write(tmp_path, t, config))
 
 
-GGUF_NAMES = {
-    "embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
-
-
-GEMMA_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-}
-
-
-def gguf_name(name: str, arch: str) -> str:
-    stem, kind = name.rsplit(".", 1)
-    names = GGUF_NAMES | (GEMMA_NAMES if arch.startswith("gemma") else {})
-    new = next(new for old, new in names.items() if stem.endswith(old))
-    layer = f"blk.{stem.split('.')[2]}." if "layers" in stem else ""
-    return f"{layer}{new}.{kind}"
-
-
-def interleave(w: HostArray, heads: int) -> HostArray:
-    """What the public converter does to q and k of architecture llama."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
-def write_gguf(
-    path: Path, arch: str, config: dict[str, Any], t: Tensors, kind: str = "F32", rope: dict[str, Any] | None = None
-) -> Path:
-    w = gguf.GGUFWriter(path, arch)
-    w.add_block_count(config["num_hidden_layers"])
-    w.add_context_length(config["max_position_embeddings"])
-    w.add_embedding_length(config["hidden_size"])
-    w.add_feed_forward_length(config["intermediate_size"])
-    w.add_head_count(config["num_attention_heads"])
-    w.add_head_count_kv(config["num_key_value_heads"])
-    w.add_key_length(config["head_dim"])
-    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    w.add_rope_freq_base(5000.0)
-    w.add_eos_token_id(2)
-    if "sliding_window" in config:
-        w.add_sliding_window(config["sliding_window"])
-    for name, value in (rope or {}).items():
-        w.add_tensor("rope_freqs.weight", value) if name == "freqs" else getattr(w, f"add_rope_{name}")(value)
-    w.add_array("some.strings", ["a", "é", ""])
-    w.add_array("some.numbers", [1, 2, 3])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, value in t.items():
-        part = name.split(".")[-2]
-        value = interleave(value, heads[part]) if arch == "llama" and part in heads else value
-        value = value + 1 if arch.startswith("gemma") and part.endswith("norm") else value
-        if kind != "F32" and value.ndim == 2:
-            q = gguf.GGMLQuantizationType[kind]
-            w.add_tensor(gguf_name(name, arch), gguf.quants.quantize(value, q), raw_dtype=q)
-        else:
-            w.add_tensor(gguf_name(name, arch), value)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
-
-
-@pytest.mark.parametrize(
-    ("arch", "family", "more"),
-    [
-        ("llama", "Llama", {}),
-        ("llama", "Llama", {"attention_bias": True}),
-        ("llama", "Llama", {"tie_word_embeddings": True}),
-        ("qwen2", "Qwen2", {}),
-        ("qwen3", "Qwen3", {}),
-        ("gemma2", "Gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-        ("gemma3", "Gemma3", {"sliding_window": 16, "query_pre_attn_scalar": 8}),
-    ],
-)
-def test_gguf_equals_the_folder(tmp_path: Path, arch: str, family: str, more: dict[str, Any]) -> None:
-    config = {**CONFIG, "architectures": [f"{family}ForCausalLM"], "rope_theta": 5000.0, **more}
-    t = weights(config)
-    path = write_gguf(tmp_path / "m.gguf", arch, config, t)
-    checkpoint = open_checkpoint(str(path))
-    got, want = ModelSpec.from_hf_config(checkpoint.config), ModelSpec.from_hf_config(config)
-    assert got.rms_eps == pytest.approx(want.rms_eps)
-    assert got == ModelSpec(**{**vars(want), "rms_eps": got.rms_eps, "dtype": "bfloat16"})
-    assert checkpoint.names == set(t)
-    for name, value in t.items():
-        value = (value + 1) - 1 if arch.startswith("gemma") and name.endswith("norm.weight") else value
-        np.testing.assert_array_equal(checkpoint.tensor(name, value.shape), value, err_msg=name)
-
-
-@pytest.mark.parametrize(("kind", "bits"), [("F16", 10), ("BF16", 7), ("Q8_0", 6), ("Q4_1", 3), ("Q4_0", 2)])
-def test_quantised_gguf(tmp_path: Path, kind: str, bits: int) -> None:
-    t = weights(CONFIG)
-    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "m.gguf", "qwen2", CONFIG, t, kind)))
-    name = "model.layers.1.mlp.down_proj.weight"
-    error = np.abs(checkpoint.tensor(name, t[name].shape).astype(np.float32) - t[name])
-    assert 0 < error.max() < np.abs(t[name]).max() * 2.0**-bits
-
-
-def test_gguf_rope_scaling(tmp_path: Path) -> None:
-    def rope(**given: Any) -> Rope:
-        path = write_gguf(tmp_path / "m.gguf", "llama", CONFIG, weights(CONFIG), rope=given)
-        return ModelSpec.from_hf_config(open_checkpoint(str(path)).config).rope
-
-    freqs = np.array([1, 2, 4, 8], np.float32)
-    assert rope(freqs=freqs) == Rope(5000.0, freq_factors=(1.0, 2.0, 4.0, 8.0))
-    linear, yarn = gguf.RopeScalingType.LINEAR, gguf.RopeScalingType.YARN
-    assert rope(scaling_type=linear, scaling_factor=4.0) == Rope(5000.0, "linear", 4.0)
-    got = rope(scaling_type=yarn, scaling_factor=4.0)
-    assert (got.type, got.factor, got.original_max_position) == ("yarn", 4.0, CONFIG["max_position_embeddings"])
-
-
-def test_header_agrees_with_the_public_reader(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama", CONFIG, weights(CONFIG), "Q8_0")
-    public = gguf.GGUFReader(path)
-    meta = open_checkpoint(str(path)).gguf
-    assert meta == {k: f.contents() for k, f in public.fields.items() if not k.startswith("GGUF.")}
-
-
 def test_folder_with_one_gguf(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", "llama", CONFIG, weights(CONFIG))
     assert open_checkpoint(str(tmp_path)).source == str(tmp_path / "a.gguf")
     (tmp_path / "b.gguf").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"2 \.gguf files"):
         open_checkpoint(str(tmp_path))
-
-
-def test_broken_ggufs(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "llama", CONFIG, weights(CONFIG))
-    whole = path.read_bytes()
-    cases = {
-        b"": "cannot be opened",
-        b"GGML" + whole[4:]: "starts with b'GGML'; expected b'GGUF'",
-        whole[:4] + b"\x09" + whole[5:]: "broken GGUF header: version is 9",
-        whole[:60]: "broken GGUF header",
-        whole[:400]: "broken GGUF header",
-        whole[:-4]: r"cut off in tensor output_norm\.weight",
-        whole[:8] + b"\xff" * 8 + whole[16:]: "broken GGUF header",
-    }
-    for data, said in cases.items():
-        path.write_bytes(data)
-        with pytest.raises(CheckpointError, match=rf"m\.gguf: .*{said}"):
-            open_checkpoint(str(path))
-
-
-def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", "phi3", CONFIG, {})
-    with pytest.raises(
-        ModelError, match=r"general\.architecture is 'phi3'; expected one of llama, qwen2, qwen3, gemma2"
-    ):
-        open_checkpoint(str(path))
 
 
 def test_dummy_reads_only_the_config(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from polyradix.graph.spec import ModelSpec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+import safetensors.torch  # noqa: E402
 
 PAGE, PAGES = 16, [3, 1, 4]  # the pages of the only sequence: shuffled, scratch page 0 left out
 PREFILL, STEPS = 33, 6  # the prompt ends one token into the third page
@@ -148,6 +149,19 @@ def test_chunked_prefill_and_shards(backend: Backend, tmp_path: Path) -> None:
     for start, end in ((0, 7), (7, 16), (16, 40)):
         got = run(ids[start:end], start)
     assert_close(got, reference(model, ids)[-1])
+
+
+def test_tied_embeddings_beside_a_head_of_its_own(backend: Backend, tmp_path: Path) -> None:
+    """Are not tied, whatever the config says."""
+    save_tiny("Llama", {"tie_word_embeddings": True}, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    assert "lm_head.weight" not in tensors
+    head = torch.randn_like(tensors["model.embed_tokens.weight"])
+    safetensors.torch.save_file({**tensors, "lm_head.weight": head}, file, {"format": "pt"})
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = list(range(20))
+    assert_close(Runner(backend, str(tmp_path))(ids, 0), reference(model, ids)[-1])
 
 
 def test_old_spelling_of_rope(backend: Backend, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Checkpoint:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: unreadable JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a {type(value).__name__}; expected an object")

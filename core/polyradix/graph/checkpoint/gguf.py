@@ -104,7 +104,7 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{path}: starts with {bytes(data[:4])!r}; expected b'GGUF'")
     try:
         meta, tensors = _header(_Cursor(data))
-    except (struct.error, KeyError, ValueError, ArithmeticError, MemoryError) as e:
+    except (struct.error, KeyError, TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as e:
         raise CheckpointError(f"{path}: broken GGUF header: {e}") from e
     for name, t in tensors.items():
         if t.offset + t.nbytes > len(data):
@@ -124,12 +124,16 @@ def _header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     rows = []
     for _ in range(tensor_count):
         name, dims = c.string(), c.scalar("I")
+        if not 1 <= dims <= 4:
+            raise ValueError(f"tensor {name} has {dims} dimensions; expected 1 to 4")
         shape = tuple(c.scalar("Q") for _ in range(dims))[::-1]
         rows.append((name, shape, GGMLQuantizationType(c.scalar("I")), c.scalar("Q")))
     align = int(meta.get("general.alignment", 32))
     base = -(-c.at // align) * align
     tensors = {}
     for name, shape, kind, offset in rows:
+        if name in tensors:
+            raise ValueError(f"tensor {name} is there twice")
         block, size = GGML_QUANT_SIZES[kind]
         tensors[name] = Tensor(kind, shape, base + offset, math.prod(shape) // block * size)
     return meta, tensors
@@ -137,6 +141,10 @@ def _header(c: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def open_gguf(path: Path) -> Checkpoint:
     meta, tensors = read_gguf(path)
+    if (parts := meta.get("split.count")) not in (None, 0, 1):
+        raise CheckpointError(
+            f"{path}: split.count is {parts}; expected one whole file, as llama-gguf-split merges them"
+        )
     config = hf_config(path, meta, tensors)
     arch = meta["general.architecture"]
     files = {hf: name for name in tensors if (hf := hf_name(name, arch))}
@@ -162,8 +170,8 @@ def open_gguf(path: Path) -> Checkpoint:
 
 def _read(path: Path, name: str, t: Tensor) -> HostArray:
     block, size = GGML_QUANT_SIZES[t.kind]
-    raw = np.memmap(path, np.uint8, "r", t.offset, (*t.shape[:-1], t.shape[-1] // block * size))
     try:
+        raw = np.memmap(path, np.uint8, "r", t.offset, (*t.shape[:-1], t.shape[-1] // block * size))
         if t.kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             return raw.view(np.float32 if t.kind == GGMLQuantizationType.F32 else np.float16)
         with np.errstate(all="ignore"):
@@ -174,8 +182,10 @@ def _read(path: Path, name: str, t: Tensor) -> HostArray:
 
 
 def _half_split(value: HostArray, heads: int) -> HostArray:
-    """Llama files store the two columns of a rope pair side by side; undo it, for weights and biases alike."""
-    return value.reshape(heads, -1, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    """Llama files store the two columns of a rope pair side by side; undo it, for weights and biases alike. A shape
+    that is wrong stays, as it is named with the expected one."""
+    pairs, odd = divmod(len(value), 2 * heads)
+    return value if odd else value.reshape(heads, pairs, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
 
 
 def hf_name(name: str, arch: str = "llama") -> str | None:
@@ -190,7 +200,7 @@ def hf_name(name: str, arch: str = "llama") -> str | None:
 def hf_config(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The config.json this file would have had. Raises ModelError for an architecture or value that we do not have."""
     arch = meta.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ModelError(f"{path}: general.architecture is {arch!r}; expected one of {', '.join(ARCHITECTURES)}")
 
     def get(name: str, default: Any = None) -> Any:
@@ -198,7 +208,7 @@ def hf_config(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> d
 
     heads, hidden = get("attention.head_count"), get("embedding_length")
     derived = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
-    eos = {meta[k] for k in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if k in meta}
+    eos = [meta[k] for k in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if k in meta]
     return {
         "architectures": [ARCHITECTURES[arch]],
         "num_hidden_layers": get("block_count"),
@@ -213,15 +223,15 @@ def hf_config(path: Path, meta: dict[str, Any], tensors: dict[str, Tensor]) -> d
         "rope_parameters": _rope(path, get, tensors),
         "attention_bias": arch == "llama" and "blk.0.attn_q.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
-        "eos_token_id": sorted(eos),
-        **(_gemma(arch, get, _rope(path, get, tensors)) if arch in _GEMMA_27B else {}),
+        "eos_token_id": eos,
+        **(_gemma(arch, get, derived, _rope(path, get, tensors)) if arch in _GEMMA_27B else {}),
     }
 
 
-def _gemma(arch: str, get: Any, rope: dict[str, Any]) -> dict[str, Any]:
+def _gemma(arch: str, get: Any, derived: int | None, rope: dict[str, Any]) -> dict[str, Any]:
     """Source of the 27B models' scale: llama.cpp's src/llama-model.cpp, f_attention_scale."""
     large = get("block_count") == _GEMMA_27B[arch]
-    scalar = get("embedding_length") // get("attention.head_count") if large else get("attention.key_length")
+    scalar = derived if large else get("attention.key_length")
     names = {
         "sliding_window": "attention.sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",

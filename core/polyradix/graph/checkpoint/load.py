@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -23,7 +24,7 @@ from polyradix.graph.spec import ModelSpec
 log = logging.getLogger(__name__)
 
 READERS = min(8, os.cpu_count() or 1)
-_HARMLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # computed here; a copy of the embeddings if they are tied
+_HARMLESS = ("rotary_emb.inv_freq",)  # computed here
 
 
 def load_params(
@@ -38,6 +39,8 @@ def load_params(
     """Packs every parameter, one at a time, while threads read the next READERS; these begin when the backend asks for
     the first. Raises CheckpointError naming the file and tensor at fault, MemoryError for a model larger than a device,
     both before a weight is read. The bar is for a terminal on stderr."""
+    if "lm_head.weight" in checkpoint.names:  # a copy of the embeddings if they are tied, or what transformers prefers
+        spec = replace(spec, tie_embeddings=False)
     _compare_names(checkpoint, spec)
     plain, tp = param_specs(spec, dtype, max_context), backend.collectives.size
     table = keep(plain, checkpoint, spec, backend.caps.features, tp)

@@ -31,7 +31,11 @@ def open_folder(folder: Path) -> Checkpoint:
     """Opens every file, so that a missing or cut one is found before anything is read. Tensors are views of the files,
     which any number of threads may read."""
     files = {path: _open(path) for path in _files(folder)}
-    owner = {name: path for path, (header, _) in files.items() for name in header}
+    owner: dict[str, Path] = {}
+    for path, (header, _) in files.items():
+        for name in header:
+            if owner.setdefault(name, path) != path:
+                raise CheckpointError(f"{path}: tensor {name} is in {owner[name].name}, too; expected one of it")
 
     def read(name: str) -> HostArray:
         path = owner[name]
@@ -65,6 +69,9 @@ def _files(folder: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index}: weight_map is {weight_map!r}; expected names to files")
+        for tensor, name in weight_map.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{index}: weight_map has {name!r} for {tensor}; expected a file of this folder")
         return [folder / name for name in sorted(set(weight_map.values()))]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
