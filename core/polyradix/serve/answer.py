@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -32,6 +32,7 @@ from polyradix.serve.replies import (
     TextChoice,
     ToolCall,
     TopLogProb,
+    Usage,
     usage,
 )
 
@@ -138,16 +139,18 @@ class OpenAIForm(Form):
     kind: str
     kind_chunk: str
 
-    def __init__(self, model: str, tokenizer: Tokens, include_usage: bool) -> None:
+    def __init__(self, model: str, tokenizer: Tokens, include_usage: bool, each: bool) -> None:
         self._id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer
-        self._usage = include_usage
+        self._usage, self._each = include_usage, each  # at the end, and in each chunk what its choice has
 
-    def _chunk(self, choices: list[DeltaChoice] | list[TextChoice]) -> Reply:
-        no_usage = None if self._usage else msgspec.UNSET
-        return Reply(self._id, self.kind_chunk, self._created, self._model, choices, no_usage)
+    def _chunk(self, of: Choice, choices: list[DeltaChoice] | list[TextChoice]) -> Reply:
+        found: Usage | UnsetType | None = None if self._usage else UNSET
+        if self._each:
+            found = usage(len(of.prompt), of.output_tokens, of.cached_tokens, of.reasoning_tokens)
+        return Reply(self._id, self.kind_chunk, self._created, self._model, choices, found)
 
     def _reply(self, run: Generation, choices: list[MessageChoice] | list[TextChoice]) -> Reply:
         return Reply(self._id, self.kind, self._created, self._model, choices, usage(*run.counts()))
@@ -162,8 +165,8 @@ class OpenAIForm(Form):
 class ChatForm(OpenAIForm):
     prefix, kind, kind_chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Tokens, include_usage: bool) -> None:
-        super().__init__(model, tokenizer, include_usage)
+    def __init__(self, model: str, tokenizer: Tokens, include_usage: bool, each: bool) -> None:
+        super().__init__(model, tokenizer, include_usage, each)
         self._begun: set[int] = set()
         self._calls: dict[int, int] = {}  # of each choice, the index of its newest tool call
 
@@ -175,7 +178,7 @@ class ChatForm(OpenAIForm):
         elif not piece.events and not piece.entries and piece.finish is None:
             return None
         logprobs = self._logprobs(piece.entries) if piece.entries else None
-        return self._chunk([DeltaChoice(choice.index, delta, logprobs, piece.finish)])
+        return self._chunk(choice, [DeltaChoice(choice.index, delta, logprobs, piece.finish)])
 
     def _delta(self, choice: Choice, events: list[Event]) -> Delta:
         delta, calls = Delta(), list[ToolCall]()
@@ -223,16 +226,16 @@ class CompletionForm(OpenAIForm):
     prefix, kind, kind_chunk = "cmpl", "text_completion", "text_completion"
 
     def __init__(
-        self, model: str, tokenizer: Tokens, include_usage: bool, n: int, best_of: int, logprobs: bool
+        self, model: str, tokenizer: Tokens, include_usage: bool, each: bool, n: int, best_of: int, logprobs: bool
     ) -> None:
-        super().__init__(model, tokenizer, include_usage)
+        super().__init__(model, tokenizer, include_usage, each)
         self._n, self._best_of, self._shown = n, best_of, logprobs
 
     def piece(self, choice: Choice, piece: Piece) -> Reply | None:
         if not piece.text and not piece.entries and piece.finish is None:
             return None
         logprobs = self._logprobs(choice, piece.entries) if piece.entries else None
-        return self._chunk([TextChoice(choice.index, piece.text, logprobs, piece.finish)])
+        return self._chunk(choice, [TextChoice(choice.index, piece.text, logprobs, piece.finish)])
 
     def whole(self, run: Generation, pieces: list[list[Piece]]) -> Reply:
         choices: list[TextChoice] = []

@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from polyradix import __version__
-from polyradix.serve import openai, reading, text
+from polyradix.serve import native, openai, reading, text
 from polyradix.serve.access import Key, add_access
-from polyradix.serve.answer import Answer, ChatForm, CompletionForm, GenerateForm, answer
+from polyradix.serve.answer import Answer, ChatForm, CompletionForm, answer
 from polyradix.serve.client import EngineClient
 from polyradix.serve.document import describe
 from polyradix.serve.errors import ApiError, field_error, parse, read_body
@@ -70,12 +70,21 @@ class Server:
             return self.tokenizer.encode(text, add_special)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special)
 
-    async def encode_prompt(self, text: str, add_special: bool, field: str) -> list[int]:
-        """Refuses, unread, what can only have more tokens than the context: megabytes take minutes."""
-        if len(text) > self.context * self.tokenizer.longest * SHRINK:
+    async def encode_prompt(self, text: str, add_special: bool, field: str, cut: int | None = None) -> list[int]:
+        """With at most `cut` tokens, the last ones. Refuses, unread, what can only have more tokens than the context:
+        megabytes take minutes."""
+        if cut is None and len(text) > self.context * self.tokenizer.longest * SHRINK:
             message = f"the prompt has {len(text)} characters, too many for the context of {self.context} tokens"
             raise ApiError(400, message, field, "context_length_exceeded")
-        return await self.encode(text, add_special)
+        return self.cut(await self.encode(text, add_special), cut)
+
+    def cut(self, ids: list[int], most: int | None) -> list[int]:
+        """The last `most`, truncate_prompt_tokens of a request; -1: as many as leave room for a token."""
+        if most is None:
+            return ids
+        if most < 1 and most != -1:
+            raise field_error("truncate_prompt_tokens", most, "an integer >= 1, or -1 for what fits")
+        return ids[-(self.context - 1 if most == -1 else most) :]
 
     def choice(
         self,
@@ -101,7 +110,9 @@ class Server:
         if not params.ignore_eos:
             stops = tuple({*params.stop_token_ids, *self.tokenizer.eos_ids})
             params = msgspec.structs.replace(params, stop_token_ids=stops)
-        return Choice(index, prompt, params, self.formats.view if readable else self.tokenizer, stop, terms=terms(body))
+        words = self.formats.view if readable else self.tokenizer
+        show = bool(body.include_stop_str_in_output), body.skip_special_tokens is False
+        return Choice(index, prompt, params, words, stop, *show, terms=terms(body))
 
     def text(self, ids: list[int]) -> str:
         """Of tokens, special ones included."""
@@ -121,10 +132,19 @@ class Server:
             raise ApiError(400, message, field, "context_length_exceeded")
         return context - len(prompt)
 
-    async def tokens(self, prompt: str | list[int], field: str) -> list[int]:
+    async def tokens(
+        self, prompt: str | list[int], field: str, cut: int | None = None, special: bool = True
+    ) -> list[int]:
         if isinstance(prompt, str):
-            return await self.encode_prompt(prompt, True, field)
-        return self.check_ids(prompt, field)
+            return await self.encode_prompt(prompt, special, field, cut)
+        return self.cut(self.check_ids(prompt, field), cut)
+
+    async def chat_text(self, body: openai.ChatRequest) -> tuple[Talk, str]:
+        """What the chat template makes of a request."""
+        talk = Talk(self.formats, body)
+        messages = talk.adapted(openai.chat_messages(body))
+        text = await self.render(messages, talk.variables | openai.template_variables(body))
+        return talk, openai.unfinished(text, messages) if body.continue_final_message else text
 
     async def render(self, messages: list[dict[str, Any]], variables: dict[str, Any]) -> str:
         """The chat template's text; ApiError 400 if it rejects the messages."""
@@ -144,7 +164,7 @@ class Server:
 
 async def chat(server: Server, body: openai.ChatRequest, started: float) -> Answer:
     choices = await _chat_choices(server, body)
-    form = ChatForm(server.name, server.tokenizer, _include_usage(body))
+    form = ChatForm(server.name, server.tokenizer, *_usage(body))
     return answer(Generation(server.client, server.metrics, choices, started), form, bool(body.stream))
 
 
@@ -167,11 +187,9 @@ async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice
         if body.max_completion_tokens < 1:
             raise field_error("max_completion_tokens", body.max_completion_tokens, "an integer >= 1")
         body.max_tokens = body.max_completion_tokens
-    talk = Talk(server.formats, body)
-    logprobs, stop = openai.chat_logprobs(body), openai.stops(body)
-    messages = talk.adapted(openai.chat_messages(body))
-    text = await server.render(messages, talk.variables | (body.chat_template_kwargs or {}))
-    prompt = await server.encode_prompt(text, False, "messages")
+    logprobs, stop = openai.chat_logprobs(body), openai.stops(body.stop)
+    talk, text = await server.chat_text(body)
+    prompt = await server.encode_prompt(text, False, "messages", body.truncate_prompt_tokens)
     rest = prompt, body, "messages", server.context, logprobs, stop, not talk.plain
     choices = [server.choice(i, *rest) for i in range(body.n or 1)]
     for choice in choices:
@@ -182,24 +200,25 @@ async def _chat_choices(server: Server, body: openai.ChatRequest) -> list[Choice
 async def completion(server: Server, body: openai.CompletionRequest, started: float) -> Answer:
     openai.refuse(body, openai.REFUSED_COMPLETION)
     openai.check_common(body, server.name)
-    logprobs, stop = openai.completion_logprobs(body), openai.stops(body)
+    logprobs, stop = openai.completion_logprobs(body), openai.stops(body.stop)
     given, n, best_of = openai.prompts(body.prompt, "prompt"), body.n or 1, openai.best_of(body)
     if len(given) * best_of > openai.MAX_CHOICES:
         raise field_error(
             "prompt", f"{len(given)} prompts, n {best_of}", f"at most {openai.MAX_CHOICES} choices in a request"
         )
-    silent = openai.silent(body, bool(body.echo))
+    silent, cut = openai.silent(body, bool(body.echo)), body.truncate_prompt_tokens
     wanted = 0 if logprobs is None and best_of > n else logprobs
     choices: list[Choice] = []
     echoes: list[list[Choice]] = []  # by prompt
     for prompt in given:
-        ids = await server.tokens(prompt, "prompt")
+        ids = await server.tokens(prompt, "prompt", cut, body.add_special_tokens is not False)
         new = [server.choice(len(choices) + i, ids, body, "prompt", 16, wanted, stop) for i in range(best_of)]
         for choice in new if body.echo else ():
-            choice.echo, choice.silent = prompt if isinstance(prompt, str) else server.text(ids), silent
+            choice.echo = prompt if isinstance(prompt, str) and cut is None else server.text(ids)
+            choice.silent = silent
         choices += new
         echoes += [new] if body.echo and logprobs is not None else []
-    form = CompletionForm(server.name, server.tokenizer, _include_usage(body), n, best_of, logprobs is not None)
+    form = CompletionForm(server.name, server.tokenizer, *_usage(body), n, best_of, logprobs is not None)
 
     async def before() -> None:
         found = await reading.prompt_logprobs(server.client, [same[0].prompt for same in echoes], logprobs or 0)
@@ -212,26 +231,11 @@ async def completion(server: Server, body: openai.CompletionRequest, started: fl
     )
 
 
-async def generate(server: Server, body: openai.GenerateRequest, started: float) -> Answer:
-    ids = server.check_ids(body.input_ids, "input_ids")
-    form, top = GenerateForm(), body.prompt_logprobs
-    silent = openai.silent(body, top is not None)
-    choice = server.choice(0, ids, body, "input_ids", 16, body.logprobs)
-    choice.silent = silent
-    run = Generation(server.client, server.metrics, [choice], started)
-    if top is None:
-        return answer(run, form, bool(body.stream))
-    if not 0 <= top <= 20:
-        raise field_error("prompt_logprobs", top, "an integer from 0 to 20")
-
-    async def before() -> None:
-        (form.prompt_logprobs,) = await reading.prompt_logprobs(server.client, [ids], top)
-
-    return answer(run, form, bool(body.stream), before)
-
-
-def _include_usage(body: openai.OpenAIBody) -> bool:
-    return body.stream_options is not None and bool(body.stream_options.include_usage)
+def _usage(body: openai.OpenAIBody) -> tuple[bool, bool]:
+    """Whether a stream ends with it, and whether each chunk has it."""
+    asked = body.stream_options
+    end = asked is not None and bool(asked.include_usage)
+    return end, end and asked is not None and bool(asked.continuous_usage_stats)
 
 
 def make_app(server: Server) -> FastAPI:
@@ -248,7 +252,7 @@ def _add_generation(app: FastAPI, server: Server) -> None:
         ("/v1/chat/completions", openai.ChatRequest, chat),
         ("/v1/responses", ResponsesRequest, respond),
         ("/v1/completions", openai.CompletionRequest, completion),
-        ("/generate", openai.GenerateRequest, generate),
+        ("/generate", native.GenerateRequest, native.generate),
         ("/v1/embeddings", reading.EmbeddingRequest, reading.embeddings),
         ("/tokenize", text.TokenizeRequest, text.tokenize),
         ("/detokenize", text.DetokenizeRequest, text.detokenize),

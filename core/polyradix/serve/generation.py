@@ -63,6 +63,8 @@ class Choice:
     params: SamplingParams
     tokenizer: Tokens
     stop: Sequence[str] = ()
+    show_stop: bool = False
+    show_special: bool = False
     terms: Terms = field(default_factory=Terms)
     rid: str = field(default_factory=lambda: uuid.uuid4().hex)
     output_tokens: int = 0
@@ -77,7 +79,7 @@ class Choice:
     new_id: Callable[[], str] | None = None  # of a tool call
 
     def __post_init__(self) -> None:
-        self._detokenizer = Detokenizer(self.tokenizer, self.stop)
+        self._detokenizer = Detokenizer(self.tokenizer, self.stop, not self.show_special, self.show_stop)
         self._held: list[tuple[int, int, TokenLogProbs]] = []  # (start byte, token, its logprobs)
         self._token_bytes = 0
         self._text_bytes = 0
@@ -123,6 +125,11 @@ class Choice:
         return Piece(text, chunk.tokens, entries, self.finish, events)
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it."""
+        return self._detokenizer.stop
+
+    @property
     def _ended(self) -> bool:
         """By a stop string, or because nothing more is wanted of it."""
         return self._detokenizer.stopped or (self.parser is not None and self.parser.done)
@@ -147,7 +154,7 @@ class Choice:
         are dropped with it."""
         for token, logprob in zip(tokens, logprobs, strict=False):
             self._held.append((self._token_bytes, token, logprob))
-            if token not in self.tokenizer.special_ids:
+            if self.show_special or token not in self.tokenizer.special_ids:
                 self._token_bytes += len(self.tokenizer.token_bytes(token))
         self._text_bytes += len(text.encode())
         everything = not self.stop or (self.finish is not None and not self._detokenizer.stopped)

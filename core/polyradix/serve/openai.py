@@ -17,7 +17,7 @@ from polyradix.serve.errors import ApiError, field_error, show
 from polyradix.serve.structured import grammar
 
 MAX_CHOICES = 1024  # prompts times n, in one request
-MAX_STOPS = 4
+MAX_STOPS = 32
 PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
 GIVEN = ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos", "min_tokens", *PENALTIES)  # taken as they are
 
@@ -42,6 +42,9 @@ class Sampling(Body):
     seed: int | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: int | None = None  # so many from the end, -1: what fits
     stream: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -54,6 +57,7 @@ class Sampling(Body):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class OpenAIBody(Sampling):
@@ -86,6 +90,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # the same
 
 
 class Function(Body):
@@ -106,6 +111,8 @@ class ChatRequest(OpenAIBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -116,19 +123,32 @@ class CompletionRequest(OpenAIBody):
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     best_of: int | None = None
 
 
-class GenerateRequest(Sampling):
-    """The native route: token ids in, token ids out."""
-
-    input_ids: list[int]
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None  # so many alternatives of every prompt token but the first
-
-
-# Fields that are not done, with the values that ask for nothing.
+# Fields that are not done, with the values that ask for nothing. The first are vLLM's and SGLang's.
+REFUSED: Mapping[str, tuple[object, ...]] = {
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "use_beam_search": (False,),
+    "logits_processors": ([],),
+    "custom_logit_processor": (),
+    "stop_regex": ([],),
+    "lora_path": (),
+    "prompt_logprobs": (),  # /generate has them
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "return_hidden_states": (False,),
+}
 REFUSED_CHAT: Mapping[str, tuple[object, ...]] = {
+    **REFUSED,
+    "chat_template": (),
+    "documents": ([],),
+    "echo": (False,),
+    "best_of": (1,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -138,7 +158,8 @@ REFUSED_CHAT: Mapping[str, tuple[object, ...]] = {
     "verbosity": ("medium",),
     "store": (False,),
 }
-REFUSED_COMPLETION: Mapping[str, tuple[object, ...]] = {"suffix": ("",)}
+REFUSED_COMPLETION: Mapping[str, tuple[object, ...]] = {**REFUSED, "suffix": ("",)}
+REFUSED_GENERATE = {name: neutral for name, neutral in REFUSED.items() if name != "prompt_logprobs"}
 REFUSED_MESSAGE: Mapping[str, tuple[object, ...]] = {"function_call": (), "audio": ()}
 
 
@@ -165,10 +186,10 @@ def check_common(body: OpenAIBody, served: str) -> None:
         raise field_error("stream_options", body.stream_options.model_dump(), "nothing unless stream is true")
 
 
-def stops(body: OpenAIBody) -> tuple[str, ...]:
-    found = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+def stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    found = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if len(found) > MAX_STOPS or "" in found:
-        raise field_error("stop", body.stop, f"a string or up to {MAX_STOPS}, none of them empty")
+        raise field_error("stop", stop, f"a string or up to {MAX_STOPS}, none of them empty")
     return found
 
 
@@ -183,6 +204,7 @@ def chat_messages(body: ChatRequest) -> list[dict[str, Any]]:
             raise field_error(f"messages[{i}].content", content, "a string, or text parts")
         text = "".join(part.text for part in content) if isinstance(content, list) else content or ""
         role = "system" if message.role == "developer" else message.role
+        message.reasoning_content = message.reasoning_content or message.reasoning
         more = {k: v for k in ("name", "tool_call_id", "reasoning_content") if (v := getattr(message, k))}
         out.append({"role": role, "content": text} | more)
         if message.tool_calls:
@@ -204,6 +226,30 @@ def _call(call: ToolCall, field: str) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": function}
 
 
+def template_variables(body: ChatRequest) -> dict[str, Any]:
+    """What the request gives the chat template, besides messages and tools."""
+    given = body.chat_template_kwargs or {}
+    if taken := {"self", "messages"} & set(given):
+        raise field_error("chat_template_kwargs", sorted(taken)[0], "names other than self and messages")
+    add, go_on = body.add_generation_prompt, bool(body.continue_final_message)
+    if add and go_on:
+        raise field_error("continue_final_message", True, "false where add_generation_prompt is true")
+    last = body.messages[-1]
+    if go_on and not (last.role == "assistant" and last.content):
+        raise field_error("continue_final_message", True, "false unless the last message is the assistant's, with text")
+    return ({} if add is None and not go_on else {"add_generation_prompt": bool(add)}) | given
+
+
+def unfinished(text: str, messages: list[dict[str, Any]]) -> str:
+    """A chat's prompt up to the end of its last message's text, for the model to go on."""
+    said = messages[-1]["content"]
+    for end in (said, said.rstrip(), said.strip()):  # templates may trim it
+        if end and (at := text.rfind(end)) >= 0:
+            return text[: at + len(end)]
+    expected = "false: the chat template does not keep the last message's text"
+    raise field_error("continue_final_message", True, expected)
+
+
 def chat_logprobs(body: ChatRequest) -> int | None:
     if body.top_logprobs is None:
         return 0 if body.logprobs else None
@@ -215,8 +261,8 @@ def chat_logprobs(body: ChatRequest) -> int | None:
 
 
 def completion_logprobs(body: CompletionRequest) -> int | None:
-    if body.logprobs is not None and not 0 <= body.logprobs <= 5:
-        raise field_error("logprobs", body.logprobs, "an integer from 0 to 5")
+    if body.logprobs is not None and not 0 <= body.logprobs <= 20:
+        raise field_error("logprobs", body.logprobs, "an integer from 0 to 20")
     return body.logprobs
 
 
@@ -267,7 +313,7 @@ def sampling(body: Sampling, max_tokens: int, room: int, vocab: int, logprobs: i
             raise field_error("stop_token_ids", token, f"token ids from 0 to {vocab - 1}")
     given = {name: value for name in GIVEN if (value := getattr(body, name)) is not None}
     given["logit_bias"] = _bias(body.logit_bias or {}, vocab)
-    spec = grammar(body.response_format, body.structured_outputs)
+    spec = grammar(body.response_format, body.structured_outputs, body.model_extra or {})
     most = min(wanted, room)
     params = SamplingParams(max_tokens=most, stop_token_ids=ids, logprobs=logprobs, grammar=spec, **given)
     try:

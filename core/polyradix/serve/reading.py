@@ -31,6 +31,7 @@ class EmbeddingRequest(Body):
     model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None  # so many from the end, -1: what fits
 
 
 class Embedding(msgspec.Struct):
@@ -62,7 +63,7 @@ async def embeddings(server: Server, body: EmbeddingRequest, started: float) -> 
     inputs = prompts(body.input, "input")
     if len(inputs) > MAX_INPUTS:
         raise field_error("input", f"{len(inputs)} inputs", f"at most {MAX_INPUTS}")
-    given = [await server.tokens(prompt, "input") for prompt in inputs]
+    given = [await server.tokens(prompt, "input", body.truncate_prompt_tokens) for prompt in inputs]
     for prompt in given:
         server.check_length(prompt, "input", output=0)
 

@@ -1,8 +1,10 @@
-"""Structured outputs as OpenAI's `response_format` and vLLM's `structured_outputs` ask for them."""
+"""Structured outputs as OpenAI's `response_format` and vLLM's `structured_outputs` ask for them, and as older fields of
+vLLM's and those of SGLang's do."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from polyradix.grammar.spec import GrammarSpec
@@ -12,12 +14,30 @@ KINDS = ("text", "json_object", "json_schema", "regex", "grammar", "structural_t
 EXTRAS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
-def grammar(response_format: object, structured_outputs: object) -> GrammarSpec | None:
-    """What the two fields ask for. Raises ApiError 400 that names the field."""
-    first, second = _format(response_format), _extras(structured_outputs)
-    if first is not None and second is not None:
-        raise field_error("structured_outputs", structured_outputs, "nothing beside response_format")
-    return first or second
+ALIASES = {  # vLLM's before structured_outputs, then SGLang's
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
+}
+NOTHING: Mapping[str, Any] = {}
+
+
+def grammar(
+    response_format: object, structured_outputs: object, more: Mapping[str, Any] = NOTHING
+) -> GrammarSpec | None:
+    """What the two fields ask for, or one of `more` that is an alias. Raises ApiError 400 that names the field."""
+    found = {"response_format": _format(response_format), "structured_outputs": _extras(structured_outputs)}
+    given = [name for name in ALIASES if more.get(name) is not None]
+    found |= {name: _extra(ALIASES[name], more[name], name) for name in given}
+    asked = {name: spec for name, spec in found.items() if spec is not None}
+    if len(asked) > 1:
+        first, *_, last = asked
+        raise field_error(last, more.get(last, structured_outputs), f"nothing beside {first}")
+    return next(iter(asked.values()), None)
 
 
 def _format(value: Any) -> GrammarSpec | None:
@@ -33,10 +53,11 @@ def _format(value: Any) -> GrammarSpec | None:
     if kind == "json_object":
         return GrammarSpec(kind="json_object", field="response_format")
     if kind == "json_schema":
-        return _schema(_member(value, "json_schema", dict, "response_format"), "schema", "response_format.json_schema")
+        inner = _checked(value.get("json_schema"), dict, "response_format.json_schema")
+        return _schema(inner.get("schema"), "response_format.json_schema.schema")
     if kind == "structural_tag":
         return _tags(value, "response_format")
-    source = _member(value, kind, str, "response_format")
+    source = _checked(value.get(kind), str, f"response_format.{kind}")
     return GrammarSpec(kind="regex" if kind == "regex" else "ebnf", source=source, field=f"response_format.{kind}")
 
 
@@ -49,20 +70,22 @@ def _extras(value: Any) -> GrammarSpec | None:
     given = [name for name in EXTRAS if value.get(name) is not None]
     if len(given) != 1:
         raise field_error(where, value, f"exactly one of {', '.join(EXTRAS)}")
-    name = given[0]
-    field = f"{where}.{name}"
+    return _extra(given[0], value[given[0]], f"{where}.{given[0]}")
+
+
+def _extra(name: str, value: Any, field: str) -> GrammarSpec:
+    """One of EXTRAS, as `field` has it."""
     if name == "json":
-        return _schema(value, name, where)
+        return _schema(value, field)
     if name == "json_object":
-        if value[name] is not True:
-            raise field_error(field, value[name], "true")
+        if value is not True:
+            raise field_error(field, value, "true")
         return GrammarSpec(kind="json_object", field=field)
     if name == "choice":
-        return GrammarSpec(kind="choice", source=json.dumps(_member(value, name, list, where)), field=field)
+        return GrammarSpec(kind="choice", source=json.dumps(_checked(value, list, field)), field=field)
     if name == "structural_tag":
-        return _tags(value[name], field)
-    source = _member(value, name, str, where)
-    return GrammarSpec(kind="regex" if name == "regex" else "ebnf", source=source, field=field)
+        return _tags(value, field)
+    return GrammarSpec(kind="regex" if name == "regex" else "ebnf", source=_checked(value, str, field), field=field)
 
 
 def _tags(value: Any, field: str) -> GrammarSpec:
@@ -77,9 +100,8 @@ def _tags(value: Any, field: str) -> GrammarSpec:
     return GrammarSpec(kind="structural_tag", source=json.dumps(tags), field=field)
 
 
-def _schema(value: dict[str, Any], name: str, where: str) -> GrammarSpec:
+def _schema(schema: Any, field: str) -> GrammarSpec:
     """A schema is an object, or the text of one."""
-    schema, field = value.get(name), f"{where}.{name}"
     if not isinstance(schema, dict | str):
         raise field_error(field, schema, "a JSON schema: an object")
     return GrammarSpec(
@@ -87,9 +109,8 @@ def _schema(value: dict[str, Any], name: str, where: str) -> GrammarSpec:
     )
 
 
-def _member(value: dict[str, Any], name: str, kind: type, where: str) -> Any:
-    found = value.get(name)
+def _checked(found: Any, kind: type, field: str) -> Any:
     if not isinstance(found, kind):
         wanted = "a string" if kind is str else "an object" if kind is dict else "a list of strings"
-        raise field_error(f"{where}.{name}", found, wanted)
+        raise field_error(field, found, wanted)
     return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from polyradix.serve.app import Server
 
 HEALTH_SECONDS = 20.0
+CHAT_FIELDS = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 
 
 class TokenizeRequest(openai.Body):
@@ -31,8 +32,10 @@ class TokenizeRequest(openai.Body):
     prompt: str | None = None
     messages: Annotated[list[openai.Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None  # true for a prompt, false for messages
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[openai.Tool] | None = None
     return_token_strs: bool = False
 
 
@@ -47,9 +50,8 @@ async def tokenize(server: Server, body: TokenizeRequest, started: float) -> Res
         raise field_error("prompt", body.prompt, "a text, or messages in its place")
     text, special = body.prompt, body.add_special_tokens
     if text is None:
-        chat = openai.ChatRequest.model_construct(messages=body.messages or [])
-        kwargs = {"add_generation_prompt": body.add_generation_prompt} | (body.chat_template_kwargs or {})
-        text = await server.render(openai.chat_messages(chat), kwargs)
+        given = {name: getattr(body, name) for name in CHAT_FIELDS}
+        _, text = await server.chat_text(openai.ChatRequest.model_construct(**given))
     ids = await server.encode(text, add_special=body.messages is None if special is None else special)
     strings = [server.text([t]) for t in ids] if body.return_token_strs else None
     return json({"count": len(ids), "max_model_len": server.context, "tokens": ids, "token_strs": strings})

@@ -136,6 +136,7 @@ def test_tokenize(live: Any) -> None:
         "token_strs": ["h", "\ufffd", "\ufffd"],
     }
     messages = {"messages": [{"role": "user", "content": "hi"}], "chat_template_kwargs": {"z": 1}}
+    messages |= {"add_generation_prompt": True}
     answer = live.post("/tokenize", messages).json()
     text = live.post("/detokenize", {"tokens": answer["tokens"]}).json()
     assert text == {"prompt": "user: hi\nadd_generation_prompt=Truez=1"}
