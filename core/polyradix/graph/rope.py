@@ -111,11 +111,11 @@ def read_rope(c: Config, max_position: int, dim: int, of: int | None = None, the
         case "default":
             return Rope(theta, freq_factors=_freq_factors(r, dim))
         case "linear":
-            return Rope(theta, "linear", r.positive("factor"))
+            return Rope(theta, "linear", _factor(r))
         case "dynamic" if dim == 2:
             raise r.wrong("rope_type", "another for heads of 2 columns")
         case "dynamic":
-            return Rope(theta, "dynamic", r.positive("factor"), original_max_position=max_position)
+            return Rope(theta, "dynamic", _factor(r), original_max_position=max_position)
         case "llama3":
             return _read_llama3(r, theta, max_position)
         case "yarn":
@@ -128,12 +128,12 @@ def _read_llama3(r: Config, theta: float, max_position: int) -> Rope:
     if high <= low:
         raise r.wrong("high_freq_factor", f"a number above low_freq_factor ({low})")
     original = r.count("original_max_position_embeddings", max_position)
-    return Rope(theta, "llama3", r.positive("factor"), low, high, original)
+    return Rope(theta, "llama3", _factor(r), low, high, original)
 
 
 def _read_yarn(r: Config, theta: float, max_position: int) -> Rope:
     original = r.count("original_max_position_embeddings", max_position)
-    factor = r.positive("factor", max_position / original)
+    factor = _factor(r, max(1.0, max_position / original))
     fast, slow = r.positive("beta_fast", 32.0), r.positive("beta_slow", 1.0)
     if fast <= slow:
         raise r.wrong("beta_fast", f"a number above beta_slow ({slow})")
@@ -149,6 +149,13 @@ def _read_yarn(r: Config, theta: float, max_position: int) -> Rope:
         truncate=r.get("truncate", bool, True),
         magnitude=r.positive("attention_factor", inferred),
     )
+
+
+def _factor(r: Config, *default: float) -> float:
+    value = r.positive("factor", *default)
+    if value < 1:
+        raise r.wrong("factor", "a number of at least 1")
+    return value
 
 
 def _freq_factors(r: Config, dim: int) -> tuple[float, ...]:

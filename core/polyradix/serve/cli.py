@@ -123,7 +123,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--device", default="auto", help="a backend's name; `polyradix devices` lists them")
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and activations")
     add("--kv-dtype", default="auto", choices=("auto", "float8_e4m3fn"), help="of the KV cache; auto: as activations")
-    add("--load-format", default="auto", choices=("auto", "dummy"), help="dummy: random weights from a config alone")
+    add("--load-format", default="auto", choices=("auto", "dummy"), help="dummy: random weights; only JSON is fetched")
     add("--tp", type=int, default=1, help="tensor-parallel ranks the model is split over")
     add("--page-size", type=int, help="tokens per KV page; the backend's best if not given")
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
