@@ -35,7 +35,15 @@ PROMPTS = [form.format(topic) for topic in TOPICS for form in FORMS]
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine("demo", device="cpu", dtype="bfloat16", max_context=512, kv_pages=600, max_tokens_per_step=256)
+    return Engine(
+        "demo",
+        device="cpu",
+        dtype="bfloat16",
+        max_context=512,
+        kv_pages=600,
+        max_tokens_per_step=256,
+        embeddings=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +65,15 @@ def _logits(model: Any, prompts: list[list[int]], outputs: list[list[int]]) -> I
         logits = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)).logits
         for row, (prompt, output) in zip(logits, pairs, strict=True):
             yield row[len(prompt) - 1 : len(prompt) + len(output) - 1].float().numpy()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_are_the_references_hidden_states(engine: Engine, demo_reference: Any, pooling: Any) -> None:
+    for prompt, vector in zip(PROMPTS[:3], engine.embed(PROMPTS[:3], pooling), strict=True):
+        with torch.inference_mode():
+            states = demo_reference.model(torch.tensor([engine.tokenizer.encode(prompt)])).last_hidden_state[0]
+        exact = (states[-1] if pooling == "last" else states.mean(0)).numpy()
+        assert vector @ exact / np.linalg.norm(exact) > 0.99
 
 
 def _run(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from polyradix.backend.batch import F32, I32, HostBatch, SampleBatch, Table
-from polyradix.backend.protocol import KV, Backend, Compiled, DType, HostArray, Limits, Params, ParamSpec
+from polyradix.backend.protocol import HOST_DTYPES, KV, Backend, Compiled, DType, HostArray, Limits, Params, ParamSpec
 from polyradix.engine.messages import Chunk, Read, TokenLogProbs
 from polyradix.engine.start import sampling
 from polyradix.schedule.params import InvalidParam
@@ -53,7 +53,7 @@ Part = tuple[Job, int, int]  # a row: tokens from, and how many
 def identity(backend: Backend, params: Params, hidden: int, dtype: DType) -> Params:
     """`params` with the identity [H,H] as the logits weight: a step then returns hidden states [S,H] float32."""
     spec = ParamSpec("logits", "logits", (hidden, hidden), dtype, shard_axis=0)
-    one: HostArray = np.eye(hidden, dtype=np.float32)
+    one: HostArray = np.eye(hidden, dtype=HOST_DTYPES[dtype])
     return Params(params.top | {"logits": backend.pack(spec, lambda part="weight": one)}, params.layers)
 
 
