@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -33,13 +34,38 @@ def _work(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add("--dataset", default="random", help=f"{', '.join(DATASETS)}, or a JSONL file; see docs/operations.md")
     for f in fields(Sizes):
-        add(f"--{f.name}", type=int, default=f.default, help=f"default {f.default}")
-    add("--concurrency", type=int, default=16, help="requests at once; default 16")
-    add("--rate", type=float, help="arrivals a second, Poisson; all at once if not given")
-    add("--slo-ttft", type=float, metavar="MS", help="a good request has its first token by then")
-    add("--slo-itl", type=float, metavar="MS", help="and takes no more than this for each token after it")
-    add("--json", type=Path, metavar="FILE", help="where the figures go, with every request's times")
-    add("--plot", type=Path, metavar="FILE", help="an SVG of the distributions")
+        kind = int if f.name == "seed" else _count
+        add(f"--{f.name}", type=kind, default=f.default, help=f"default {f.default}")
+    add("--concurrency", type=_count, default=16, help="requests at once; default 16")
+    add("--rate", type=_amount, help="arrivals a second, Poisson; all at once if not given")
+    add("--slo-ttft", type=_amount, metavar="MS", help="a good request has its first token by then")
+    add("--slo-itl", type=_amount, metavar="MS", help="and takes no more than this for each token after it")
+    add("--json", type=_new_file, metavar="FILE", help="where the figures go, with every request's times")
+    add("--plot", type=_new_file, metavar="FILE", help="an SVG of the distributions")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer >= 1")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number above 0")
+    return value
+
+
+def _new_file(text: str) -> Path:
+    """Before hours of work whose figures could not be written."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a file in a folder that exists")
+    return path
 
 
 def _serving(args: argparse.Namespace) -> int:
@@ -53,7 +79,7 @@ def _serving(args: argparse.Namespace) -> int:
         headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
         timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as session:
-            url = args.url.rstrip("/")
+            url = args.url.rstrip("/").removesuffix("/v1")
             return await _run(over_http(session, url, args.model or await model_of(session, url)), work, args)
 
     work = _talks(args)

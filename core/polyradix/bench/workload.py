@@ -69,7 +69,10 @@ class Sizes:
 def talks(dataset: str, sizes: Sizes) -> list[Talk]:
     """`dataset` is one of DATASETS or the path of a file. Raises DatasetError."""
     if dataset not in DATASETS:
-        return list(from_file(Path(dataset), sizes.output))
+        found = list(from_file(Path(dataset), sizes.output))
+        if not found:
+            raise DatasetError(f"{dataset} has no requests; expected one on each line")
+        return found
     rng = np.random.default_rng(sizes.seed)
 
     def ids(n: int) -> list[int]:

@@ -16,6 +16,7 @@ import pytest
 from polyradix.bench.measure import Event, Message, Sample, Slo, run, summary
 from polyradix.bench.plot import svg
 from polyradix.bench.workload import DatasetError, Sizes, Talk, talks
+from polyradix.serve.cli import main
 
 SMALL = [
     "--requests=3",
@@ -52,6 +53,30 @@ def test_files(tmp_path: Path) -> None:
             talks(str(path), Sizes())
     with pytest.raises(DatasetError, match="random"):
         talks("none", Sizes())
+    path.write_text("\n")
+    with pytest.raises(DatasetError, match="no requests"):
+        talks(str(path), Sizes())
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--concurrency=0",
+        "--requests=-1",
+        "--turns=0",
+        "--rate=0",
+        "--rate=nan",
+        "--slo-itl=x",
+        "--json=/nowhere/a.json",
+    ],
+)
+def test_wrong_flags(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before anything runs: without one to run them, requests would wait for ever."""
+    with pytest.raises(SystemExit):
+        main(["bench", "serving", flag])
+    name, _, value = flag.partition("=")
+    said = capsys.readouterr().err
+    assert f"argument {name}: {value!r}; expected" in said
 
 
 def test_turns_and_concurrency() -> None:
