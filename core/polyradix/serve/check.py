@@ -47,7 +47,7 @@ def check(q: Question) -> dict[str, Any]:
     errors of the registry, the checkpoint and the spec, and ValueError for an option that cannot be."""
     backend = open_backend(q.device, tp=q.tp, emulate=q.emulate)
     caps, memory = backend.caps, backend.memory()
-    checkpoint = open_checkpoint(q.model, load_format=q.load_format, revision=q.revision)
+    checkpoint = open_checkpoint(q.model, load_format=q.load_format, revision=q.revision, headers=True)
     spec = ModelSpec.from_hf_config(checkpoint.config, checkpoint.generation_config)
     context = _context(q, spec.max_position)
     dtype, page_size = spec.choose_dtype(q.dtype, caps.dtypes), q.page_size or caps.page_sizes[0]

@@ -117,10 +117,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, hub: Hub, file: Path) -> None:
         data, asked = file.read_bytes(), self.headers["Range"]
-        start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
-        more = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if asked else {}
+        first, _, last = asked.removeprefix("bytes=").partition("-") if asked else ("0", "", "")
+        start, stop = int(first), min(len(data), int(last) + 1 if last else len(data))
+        more = {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"} if asked else {}
         left = hub.breaks.get(file.name)
-        self._reply(206 if asked else 200, data[start:], more, left.pop(0) if left else None)
+        self._reply(206 if asked else 200, data[start:stop], more, left.pop(0) if left else None)
 
     def _json(self, value: Any) -> None:
         self._reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

