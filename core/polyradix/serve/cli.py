@@ -21,7 +21,8 @@ from polyradix.serve.parsers import REASONING_NAMES, TOOL_NAMES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done or stopped by a signal, 1 could not start or check found a reason, 2 wrong arguments."""
+    """Exit codes: 0 done, or a server stopped by a signal; 1 could not start or check found a reason; 2 wrong
+    arguments; 130 interrupted before it was done."""
     args = _parser().parse_args(argv)
     level = getattr(args, "log_level", "warning")
     set_up_logging(level)
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        return 0
+        return 0 if args.run is _serve else 130
     except Exception as error:
         if level == "debug":
             logging.exception("failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 T = TypeVar("T", bound=BaseModel)
+STALL_SECONDS = 30.0  # a body of which nothing comes for so long is given up, with the memory it holds
 SHOWN = 80  # characters of a bad value that a message repeats
 
 
@@ -51,19 +53,25 @@ def field_error(field: str, value: object, expected: str) -> ApiError:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body, if it is JSON by its content type and has at most `limit` bytes; ApiError 415 or 413 otherwise. Asking
-    for the content type keeps web pages of other origins from posting to a local server unasked."""
+    """The body, if it is JSON by its content type and has at most `limit` bytes; ApiError 415 or 413 otherwise, 408 if
+    it stalls. Asking for the content type keeps web pages of other origins from posting to a local server unasked."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"content-type is {show(kind)}; expected application/json")
     parts: list[bytes] = []
-    size = 0
+    size, stream = 0, request.stream()
     try:
-        async for part in request.stream():
+        while True:
+            async with asyncio.timeout(STALL_SECONDS):
+                part = await anext(stream, None)
+            if part is None:
+                break
             size += len(part)
             if size > limit:
                 raise ApiError(413, f"the body has more than {limit} bytes, the limit of this server")
             parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"no more of the body came for {STALL_SECONDS:g} seconds", code="timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "the client hung up before the body was complete") from None
     return b"".join(parts)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from polyradix.serve import cli
+
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -30,6 +32,16 @@ def test_version() -> None:
 def test_devices() -> None:
     lines = command("devices").stdout.splitlines()
     assert {line.split()[0] for line in lines} >= {"null", "numpy"}
+
+
+def test_work_that_is_interrupted_was_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_devices", interrupted)
+    assert cli.main(["devices"]) == 130
+    monkeypatch.setattr(cli, "_serve", interrupted)
+    assert cli.main(["serve", "--model", "demo"]) == 0
 
 
 def test_port_in_use_is_said_before_the_model_is_looked_at() -> None:

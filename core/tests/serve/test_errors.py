@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyradix.serve import errors
 from polyradix.serve.fake import FakeEngine
 
 CHAT, TEXT, NATIVE = "/v1/chat/completions", "/v1/completions", "/generate"
@@ -315,6 +316,16 @@ def test_half_a_body(alive: Any, caplog: pytest.LogCaptureFixture) -> None:
         sock.sendall(head.encode() + b'{"prompt"')
     alive.wait(lambda: alive.metrics().get('polyradix_errors_total{status="400"}', 0) == before + 1)
     assert "Traceback" not in caplog.text
+
+
+def test_a_body_that_stalls_is_given_up(alive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "STALL_SECONDS", 0.05)
+    head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", alive.http.base_url.port), timeout=20) as sock:
+        sock.sendall(head.encode() + b'{"prompt"')
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))  # until the server hangs up
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"no more of the body" in answer
 
 
 @pytest.mark.parametrize(("path", "param"), [(TEXT, "prompt"), (CHAT, "messages")])
