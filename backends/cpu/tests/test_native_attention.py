@@ -144,6 +144,8 @@ def test_unsupported_shapes_are_refused(ops: NativeOps) -> None:
     for heads, dim, page in ((2, 24, 16), (2, 272, 16), (2, 64, 24)):
         with pytest.raises(Unsupported):
             alloc_kv(KVSpec(1, heads, dim, page, "float32"), 2)
+        with pytest.raises(Unsupported):
+            kv_page_bytes(KVSpec(1, heads, dim, page, "float32"))
     case = Case([3], Heads(2, 2, 32), 16, F32)
     wrong = LayerKV(case.kv.data.to(BF16), 16, 32, 2)
     case.kv = wrong

@@ -79,11 +79,12 @@ class EngineCore:
             raise ConfigError(uneven)
         budget = config.max_tokens_per_step or caps.step_tokens
         limits = Limits(max(budget, config.max_seqs), config.max_seqs, self.max_context)
+        self._cache, self.groups = cache_of(self.spec, caps, self.page_size, self.kv_dtype, self.max_context)
+        self.backend.kv_page_bytes(self._cache)  # one that it cannot have is refused before the weights come
         self.timeline.done("open")
         self._params = load_params(
             checkpoint, self.spec, self.dtype, self.backend, max_context=self.max_context, progress=config.progress
         )
-        self._cache, self.groups = cache_of(self.spec, caps, self.page_size, self.kv_dtype, self.max_context)
         hidden = None
         if config.embeddings:
             hidden = identity(self.backend, self._params, self.spec.hidden, self.dtype)

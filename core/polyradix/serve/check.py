@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from polyradix.backend.capabilities import validate
+from polyradix.backend.capabilities import Unsupported, validate
 from polyradix.backend.expand import FUSED, Expansions
 from polyradix.backend.protocol import Ops
 from polyradix.backend.registry import discover, open_backend
@@ -61,7 +61,11 @@ def check(q: Question) -> dict[str, Any]:
     stored = param_specs(spec, dtype), checkpoint, spec, caps.features, q.tp
     table = keep(*stored)
     weights, (kv, groups) = table.bytes(q.tp), cache_of(spec, caps, page_size, kv_dtype, context)
-    page = 0 if reasons else backend.kv_page_bytes(kv)
+    page = 0
+    try:
+        page = 0 if reasons else backend.kv_page_bytes(kv)
+    except Unsupported as e:
+        reasons.append(f"{q.model} cannot run on {caps.name}: {e}")
     left = memory.free - weights
     pages = int(max(0, left) * caps.mem_fraction) // page if page else 0
     if left < 0:

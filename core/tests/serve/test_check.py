@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from polyradix.backend.capabilities import Unsupported
 from polyradix.backend.expand import Expansions
 from polyradix.backend.layered import each_array
 from polyradix.backend.numpy.backend import NumpyBackend
@@ -131,6 +133,24 @@ def test_the_engine_takes_what_was_said(
     assert backend.weights == report["weights"]
     assert core.pages == report["kv_pages"]
     assert backend.cache == report["kv_pages"] * report["kv_page"]
+
+
+def test_a_cache_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Narrow(NumpyBackend):
+        def kv_page_bytes(self, spec: KVSpec) -> int:
+            raise Unsupported("head_dim", f"{spec.head_dim}; expected a multiple of 16")
+
+        def pack(self, spec: ParamSpec, read: Reader) -> Any:
+            raise AssertionError("weights are read")
+
+    backend = Narrow("float32", False)
+    monkeypatch.setattr(module, "open_backend", lambda *args, **options: backend)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    report = check(Question(str(tmp_path), load_format="dummy"))
+    said = r"unsupported: head_dim \(24; expected a multiple of 16\)"
+    assert re.search(said, report["reasons"][0])
+    with pytest.raises(Unsupported, match=said):
+        EngineCore(EngineConfig(model=str(tmp_path), load_format="dummy", progress=False), backend)
 
 
 def test_windows_take_little_memory(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def check(spec: KVSpec) -> None:
 
 
 def kv_page_bytes(spec: KVSpec) -> int:
-    """Bytes of one page over all arrays, k and v."""
+    """Bytes of one page over all arrays, k and v. Raises as `check`."""
+    check(spec)
     return 2 * spec.depth * spec.kv_heads * spec.page_size * spec.head_dim * int(DTYPES[spec.dtype].itemsize)
 
 
