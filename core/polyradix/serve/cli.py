@@ -117,6 +117,7 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add = p.add_argument
     add(
         "--model",
+        "--model-path",
         required=True,
         help="OWNER/NAME or OWNER/NAME/FILE.gguf on the Hub, a folder, a .gguf file, or `demo`",
     )
@@ -125,7 +126,14 @@ def _model_options(p: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and activations")
     add("--kv-dtype", default="auto", choices=("auto", "float8_e4m3fn"), help="of the KV cache; auto: as activations")
     add("--load-format", default="auto", choices=("auto", "dummy"), help="dummy: random weights; only JSON is fetched")
-    add("--tp", type=int, default=1, help="tensor-parallel ranks the model is split over")
+    add(
+        "--tp",
+        "--tp-size",
+        "--tensor-parallel-size",
+        type=int,
+        default=1,
+        help="tensor-parallel ranks the model is split over",
+    )
     add("--page-size", type=int, help="tokens per KV page; the backend's best if not given")
     add("--emulate", action="store_true", help="run a backend without its hardware, where it can")
 
@@ -143,7 +151,7 @@ def _forecast_options(p: argparse.ArgumentParser) -> None:
 def _engine_options(p: argparse.ArgumentParser) -> None:
     defaults = EngineConfig(model="")
 
-    def add(flag: str | tuple[str, str], field: str, text: str, **kwargs: Any) -> None:
+    def add(flag: str | tuple[str, ...], field: str, text: str, **kwargs: Any) -> None:
         p.add_argument(
             *([flag] if isinstance(flag, str) else flag),
             dest=field,
@@ -152,9 +160,11 @@ def _engine_options(p: argparse.ArgumentParser) -> None:
             **kwargs,
         )
 
-    add("--max-context", "max_context", "tokens of one request, prompt and output; the model's if not given", type=int)
-    add(("--max-seqs", "--max-running-requests"), "max_seqs", "requests running at once", type=int)
-    add("--max-tokens-per-step", "max_tokens_per_step", "token budget of a step; the backend's if not given", type=int)
+    text = "tokens of one request, prompt and output; the model's if not given"
+    add(("--max-context", "--context-length", "--max-model-len"), "max_context", text, type=int)
+    add(("--max-seqs", "--max-running-requests", "--max-num-seqs"), "max_seqs", "requests running at once", type=int)
+    text = "token budget of a step; the backend's if not given"
+    add(("--max-tokens-per-step", "--max-num-batched-tokens"), "max_tokens_per_step", text, type=int)
     add("--mem-fraction", "mem_fraction", "share of free memory for KV; the backend's if not given", type=float)
     add("--kv-pages", "kv_pages", "KV pages, instead of --mem-fraction", type=int)
     _queue_options(add)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from polyradix.engine.config import EngineConfig
 from polyradix.serve import cli
 
 
@@ -42,6 +43,24 @@ def test_work_that_is_interrupted_was_not_done(monkeypatch: pytest.MonkeyPatch) 
     assert cli.main(["devices"]) == 130
     monkeypatch.setattr(cli, "_serve", interrupted)
     assert cli.main(["serve", "--model", "demo"]) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model-path m --tp-size 2 --context-length 64 --max-running-requests 3",
+        "--model m --tensor-parallel-size 2 --max-model-len 64 --max-num-seqs 3",
+    ],
+)
+def test_flags_by_their_names_elsewhere(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from polyradix.serve import run
+
+    seen: list[EngineConfig] = []
+    monkeypatch.setattr(run, "serve", lambda config, options: seen.append(config))
+    assert cli.main(["serve", *flags.split(), "--max-num-batched-tokens", "128"]) == 0
+    (config,) = seen
+    assert (config.model, config.tp, config.max_context, config.max_seqs) == ("m", 2, 64, 3)
+    assert config.max_tokens_per_step == 128
 
 
 def test_port_in_use_is_said_before_the_model_is_looked_at() -> None:
