@@ -62,14 +62,16 @@ class ServeOptions:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound and listening socket. Raises AddressError."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, proto)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(2048)
-    except (OSError, OverflowError) as error:
-        raise AddressError(f"cannot listen on {host}:{port}: {error}") from None
+    with contextlib.ExitStack() as failed:
+        try:
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            sock = failed.enter_context(socket.socket(family, kind, proto))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(2048)
+        except (OSError, OverflowError) as error:
+            raise AddressError(f"cannot listen on {host}:{port}: {error}") from None
+        failed.pop_all()
     return sock
 
 

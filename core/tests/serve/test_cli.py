@@ -1,4 +1,4 @@
-"""The command, as a person meets it: in its own process."""
+"""The command, as a person meets it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,28 @@ import pytest
 from polyradix.engine.config import EngineConfig
 from polyradix.serve import cli
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
-def command(*args: str) -> subprocess.CompletedProcess[str]:
+
+def process(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "polyradix.serve.cli", *args], capture_output=True, text=True, timeout=200
     )
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """As `process`, without a new interpreter; what its children write counts, too."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        try:
+            code = cli.main(args)
+        except SystemExit as end:  # argparse's
+            code = int(end.code or 0)
+        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+
+    return run
 
 
 def failed(done: subprocess.CompletedProcess[str]) -> str:
@@ -27,10 +45,10 @@ def failed(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def test_version() -> None:
-    assert command("--version").stdout == "polyradix 0.1.0\n"
+    assert process("--version").stdout == "polyradix 0.1.0\n"
 
 
-def test_devices() -> None:
+def test_devices(command: Command) -> None:
     lines = command("devices").stdout.splitlines()
     assert {line.split()[0] for line in lines} >= {"null", "numpy"}
 
@@ -63,7 +81,7 @@ def test_flags_by_their_names_elsewhere(flags: str, monkeypatch: pytest.MonkeyPa
     assert config.max_tokens_per_step == 128
 
 
-def test_port_in_use_is_said_before_the_model_is_looked_at() -> None:
+def test_port_in_use_is_said_before_the_model_is_looked_at(command: Command) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         error = failed(command("serve", "--model", "nonsense", "--port", str(port)))
@@ -72,20 +90,20 @@ def test_port_in_use_is_said_before_the_model_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("host", ["256.0.0.1", "no.such.host.invalid"])
-def test_bad_host(host: str) -> None:
+def test_bad_host(command: Command, host: str) -> None:
     assert f"cannot listen on {host}:0" in failed(command("serve", "--model", "x", "--host", host, "--port", "0"))
 
 
 def test_missing_model() -> None:
-    assert "no-such-folder" in failed(command("serve", "--model", "./no-such-folder", "--port", "0"))
+    assert "no-such-folder" in failed(process("serve", "--model", "./no-such-folder", "--port", "0"))
 
 
-def test_option_out_of_range(model: Path) -> None:
+def test_option_out_of_range(command: Command, model: Path) -> None:
     assert "max_seqs is 0" in failed(command("serve", "--model", str(model), "--max-seqs", "0", "--port", "0"))
     assert command("serve", "--model", str(model), "--dtype", "int7").returncode == 2
 
 
-def test_options_of_the_backend(model: Path) -> None:
+def test_options_of_the_backend(command: Command, model: Path) -> None:
     args = ("serve", "--model", str(model), "--load-format", "dummy", "--device", "numpy", "--port", "0")
     assert "'numpy' has no option 'speed'; it has: compute, async_launch" in failed(
         command(*args, "--option", "speed=9")
@@ -97,7 +115,7 @@ def test_options_of_the_backend(model: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["serve", "check"])
-def test_unknown_device_lists_the_found_ones(model: Path, name: str) -> None:
+def test_unknown_device_lists_the_found_ones(command: Command, model: Path, name: str) -> None:
     args = ("--port", "0") if name == "serve" else ()
     error = failed(command(name, "--model", str(model), "--load-format", "dummy", "--device", "warp", *args))
     assert "'warp'" in error
@@ -105,7 +123,7 @@ def test_unknown_device_lists_the_found_ones(model: Path, name: str) -> None:
     assert "null" in error
 
 
-def test_check(model: Path) -> None:
+def test_check(command: Command, model: Path) -> None:
     args = ("check", "--model", str(model), "--load-format", "dummy", "--device", "numpy")
     good = command(*args)
     assert good.returncode == 0, good.stderr
@@ -117,7 +135,7 @@ def test_check(model: Path) -> None:
     assert "page size 7" in bad.stdout
 
 
-def test_check_forecasts(model: Path, tmp_path: Path) -> None:
+def test_check_forecasts(command: Command, model: Path, tmp_path: Path) -> None:
     """Ceilings of 1e9 bytes and of 1e9 operations a second: a step takes the larger of both numbers, in seconds."""
     file = tmp_path / "perf.json"
     file.write_text(json.dumps({"ceilings": {"read_gb_s": 1.0, "gflop_s": {"float32": 1.0}}}))
