@@ -181,10 +181,12 @@ clean:
 comma := ,
 constrained = $(addprefix -c ,$(CONSTRAINTS))
 
-# uv needs a tenth of pip's time. Where it fails, as with an index that only pip was told of, pip does it.
+# uv needs a tenth of pip's time. Where it fails, as with an index that only pip was told of, pip does it; and where there is
+# no such version for this machine, or no longer, the newest is taken.
 pip = $(BIN)/pip --python $(1)/python install -q --no-compile
 define install
-$(BIN)/uv pip install -q --python $(1)/python $(constrained) $(2) || $(call pip,$(1)) $(constrained) $(2)
+$(BIN)/uv pip install -q --python $(1)/python $(constrained) $(2) || $(call pip,$(1)) $(constrained) $(2) \
+  || $(call pip,$(1)) $(2)
 endef
 
 # A plain `torch` from PyPI brings gigabytes of GPU libraries on Linux, so the CPU build is tried first, by its full version.
