@@ -124,7 +124,8 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeEngine]:
 
     class Paced(FakeEngine):
         def _step(self, rid: str) -> Chunk:
-            asked.acquire(timeout=60)
+            while not asked.acquire(timeout=0.05) and not self._stop.is_set():
+                pass
             return super()._step(rid)
 
     monkeypatch.setattr(Call, "next", ask)

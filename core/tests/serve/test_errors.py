@@ -321,7 +321,7 @@ def test_half_a_body(alive: Any, caplog: pytest.LogCaptureFixture) -> None:
 def test_a_body_that_stalls_is_given_up(alive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(errors, "STALL_SECONDS", 0.05)
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", alive.http.base_url.port), timeout=20) as sock:
+    with socket.create_connection(("127.0.0.1", alive.http.base_url.port), timeout=60) as sock:
         sock.sendall(head.encode() + b'{"prompt"')
         answer = b"".join(iter(lambda: sock.recv(4096), b""))  # until the server hangs up
     assert answer.startswith(b"HTTP/1.1 408")

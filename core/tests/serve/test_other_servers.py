@@ -146,14 +146,15 @@ def test_sglang_generate(live: Any) -> None:
     assert live.engine.submits[-1].params.max_tokens == 128
 
 
-def test_sglang_logprobs_stop_and_stream(live: Any) -> None:
+def test_sglang_logprobs_stop_and_stream(live: Any, make_live: Any, paced: Any) -> None:
     body = {"input_ids": list(b"one two three"), "sampling_params": {"stop": ["two"], "no_stop_trim": True}}
     whole = live.post(NATIVE, body | {"return_logprob": True, "top_logprobs_num": 1}).json()
     assert whole["text"] == "one two"
     assert whole["meta_info"]["finish_reason"] == {"type": "stop", "matched": "two"}
     assert whole["meta_info"]["output_token_logprobs"] == [[-0.5, token, None] for token in b"one two"]
     assert whole["meta_info"]["output_top_logprobs"] == [[[-1.0, 97, None]]] * 7
-    parts = events(live, NATIVE, body)
+    with make_live(paced()) as slow:
+        parts = events(slow, NATIVE, body)
     texts = [part["text"] for part in parts]
     assert texts[-1] == "one two"
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
