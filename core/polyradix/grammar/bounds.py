@@ -10,6 +10,7 @@ from polyradix.grammar.spec import GrammarError
 
 MOST_REMAINDERS = 10_000  # of a number that others must be multiples of; compiling takes the square of it
 
+_COMBINED = re.compile(r'"(allOf|anyOf|oneOf|\$ref|patternProperties)"')
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([-+.0-9eE]+)')
 _ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
 _LITERAL = re.compile(r'(?:#|//)[^\n]*|"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\])+/|<[^<>\s]+>', re.DOTALL)
@@ -17,10 +18,13 @@ _COMPLEMENT = re.compile(r"~(?!\s*[0-9])")  # before a number, it repeats
 
 
 def check_multiples(source: str) -> None:
-    """Of JSON schemas, alone or in a grammar. As they may be combined, their least common multiple counts."""
-    found = _MULTIPLE.findall(_ESCAPED.sub(lambda match: chr(int(match[1], 16)), source))
-    least = math.lcm(*map(_remainders, found))
-    if least > MOST_REMAINDERS:
+    """Of JSON schemas, alone or in a grammar. Where one value may have to obey several, their least common multiple
+    counts; elsewhere each is compiled by itself."""
+    source = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), source)
+    found = _MULTIPLE.findall(source)
+    sizes = [_remainders(number) for number in found]
+    size = math.lcm(*sizes) if _COMBINED.search(source) else math.hypot(*sizes)
+    if size > MOST_REMAINDERS:
         values = ", ".join(dict.fromkeys(found))
         raise GrammarError(f"multipleOf is {values[:80]}; expected at most {MOST_REMAINDERS}, all together")
 

@@ -93,6 +93,7 @@ def test_many_outputs_of_one_grammar_have_several_lexers_and_the_same_masks(monk
         ("json_schema", '{"type": "integer", "multipleOf": 999983}', "multipleOf is 999983"),
         ("json_schema", '{"multiple\\u004ff": 86400}', "multipleOf is 86400"),
         ("json_schema", '{"allOf": [{"multipleOf": 97}, {"multipleOf": 8.9}, {"multipleOf": 83}]}', "97, 8.9, 83"),
+        ("json_schema", '{"prefixItems": [{"multipleOf": 9001}, {"multipleOf": 9001}]}', "9001; expected"),
         ("structural_tag", '{"structures": [{"begin": "a", "schema": {"multipleOf": 30011}, "end": "b"}]}', "30011"),
         ("ebnf", 'start: "a" %json {"multipleOf": 10007}', "multipleOf is 10007"),
         ("ebnf", "start: X\nX: ~/(.*a.{24}.*)/ & /.{40}/", "operator ~"),
@@ -113,6 +114,7 @@ def test_what_would_compile_for_minutes_is_refused_unseen(kind: Any, source: str
     [
         ("json_schema", '{"type": "integer", "multipleOf": 1e4, "minimum": 1, "maximum": 19999}', "10000"),
         ("json_schema", '{"enum": ["\\"multipleOf\\": 999983"]}', '"\\"multipleOf\\": 999983"'),
+        ("json_schema", '{"prefixItems": [{"multipleOf": 4999}, {"const": 1}, {"multipleOf": 128}]}', "[4999, 1, 256]"),
         ("ebnf", 'start: "~" /~/ X // ~\nX: "a" ~ 3', "~~aaa"),
         ("ebnf", 'root ::= "~" [~]', "~~"),
     ],
