@@ -28,7 +28,7 @@ def fetch(model: str, revision: str | None, here: bool = False) -> Path:
         folder = _snapshot(model, revision, [*_TEXT, _WEIGHTS], without, here)
         if any(folder.glob(_WEIGHTS)):
             return folder
-    raise CheckpointError(f"{model}: the repository has no {_WEIGHTS}; for a GGUF file give {model}/FILE.gguf")
+    raise _no_weights(model)
 
 
 def fetch_text(model: str, revision: str | None) -> Path:
@@ -59,8 +59,12 @@ def outline(model: str, revision: str | None, folder: Path) -> Path:
         for name, header in zip(names, pool.map(read, names), strict=True):
             _write(folder / name, header.tensors, q)
     if not names:
-        raise CheckpointError(f"{model}: the repository has no {_WEIGHTS}; for a GGUF file give {model}/FILE.gguf")
+        raise _no_weights(model)
     return folder
+
+
+def _no_weights(model: str) -> CheckpointError:
+    return CheckpointError(f"{model}: the repository has no {_WEIGHTS}; for a GGUF file give {model}/FILE.gguf")
 
 
 def _quantisation(folder: Path) -> dict[str, Any]:

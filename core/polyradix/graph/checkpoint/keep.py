@@ -43,6 +43,8 @@ def keep(
 def cuts(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: frozenset[str], tp: int) -> list[str]:
     """Which blocks `tp` ranks cut, what becomes of them, and how many ranks cut none; arguments are those of `keep`.
     Parameters that share a line are named by their first tensor's first layer."""
+    if tp == 1:
+        return []
     names: dict[str, list[str]] = defaultdict(list)
     for layer, params in enumerate(keep(table, checkpoint, model, features).layers):
         for p in params:
@@ -52,7 +54,7 @@ def cuts(table: ParamTable, checkpoint: Checkpoint, model: ModelSpec, features: 
 
 
 def _cut(p: ParamSpec, model: ModelSpec, tp: int) -> str | None:
-    if tp == 1 or p.quant is None or p.shard_axis is None or p.kind == "experts":
+    if p.quant is None or p.shard_axis is None or p.kind == "experts":
         return None
     sizes, what = (p.segments or p.shape[:1], "rows") if p.shard_axis == 0 else (p.shape[1:], "columns")
     block, local = p.quant.block[p.shard_axis], local_param(p, tp).quant
